@@ -1,0 +1,1 @@
+"""Contrastive alignment (CAL): pure functions on tensors, without model, trainer or logging."""

@@ -1,0 +1,154 @@
+"""Every option of a training recipe, with its default, its unit and where the default comes from.
+
+A recipe (YAML) and the command line fill these dataclasses (`cal_train.cli.recipe`); they stop at the entry points:
+everything below takes plain arguments.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from transformers import TrainingArguments
+
+LORA_TARGETS = r".*language_model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"
+"""Every linear layer of the language model and nothing else (LLaVA's choice); the vision tower has ``q_proj`` too."""
+
+
+@dataclass
+class ModelArguments:
+    """Which model is trained, and which of its parts."""
+
+    model_name_or_path: str = field(metadata={"help": "A folder of `compose`, a checkpoint, or any llava-hf folder."})
+    stage: Literal["pretrain", "finetune"] = field(
+        default="finetune",
+        metadata={"help": "pretrain: projector only. finetune: projector and language model (LLaVA-1.5, section 3)."},
+    )
+    tune_projector: bool | None = field(default=None, metadata={"help": "Overrides the stage's choice."})
+    tune_language_model: bool | None = field(default=None, metadata={"help": "Overrides the stage's choice."})
+    tune_vision_tower: bool | None = field(
+        default=None,
+        metadata={"help": "Overrides the stage's choice (frozen). Layers behind the selected one stay frozen."},
+    )
+    mm_projector_lr: float | None = field(default=None, metadata={"help": "Learning rate of the projector."})
+    vision_tower_lr: float | None = field(default=None, metadata={"help": "Learning rate of the vision tower."})
+    mm_vision_select_layer: int | None = field(
+        default=None, metadata={"help": "Hidden state of the tower to read. Default: what the model folder says (-2)."}
+    )
+    image_aspect_ratio: Literal["square", "pad"] | None = field(
+        default=None,
+        metadata={
+            "help": "square: resize the short side and crop the centre (LLaVA stage 1). pad: pad to a square with the "
+            "mean colour (stage 2 and evaluation). Default: what the model folder says. Saved with the processor."
+        },
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "sdpa, eager or flash_attention_2. Default: flash_attention_2 if installed."}
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = field(
+        default="auto",
+        metadata={
+            "help": "dtype of the weights. auto: bfloat16 under DeepSpeed with bf16 (it keeps float32 masters), "
+            "else float32 (bf16 then means autocast)."
+        },
+    )
+    lora_enable: bool = field(default=False, metadata={"help": "Train LoRA adapters instead of the language model."})
+    lora_r: int = field(default=128, metadata={"help": "LoRA rank (LLaVA: 128)."})
+    lora_alpha: int = field(default=256, metadata={"help": "LoRA alpha (LLaVA: 256)."})
+    lora_dropout: float = field(
+        default=0.05,
+        metadata={"help": "LoRA dropout (LLaVA: 0.05). With CAL, 0 saves a forward pass: scores are taken without it."},
+    )
+    lora_target_modules: str = field(default=LORA_TARGETS, metadata={"help": "Regular expression of module names."})
+
+
+@dataclass
+class DataArguments:
+    """Which rows are trained on, and how they become tokens."""
+
+    data_path: str | None = field(default=None, metadata={"help": "A JSON, JSONL or Parquet file."})
+    image_folder: str | None = field(
+        default=None, metadata={"help": "Image root of data_path. Default: the folder of the data file."}
+    )
+    data: list[dict] | None = field(
+        default=None,
+        metadata={
+            "help": "Several sources instead of data_path: [{path, image_root, weight}, ...]. weight 0.5: half "
+            "of the rows, drawn anew each epoch; 2: every row twice."
+        },
+    )
+    eval_data_path: str | None = field(default=None, metadata={"help": "Rows for the evaluation loss."})
+    template: str = field(
+        default="chat",
+        metadata={"help": "plain, vicuna_v1, llama3, chatml, gemma, or chat (the model folder's own chat template)."},
+    )
+    model_max_length: int = field(default=2048, metadata={"help": "Tokens per row, image tokens included."})
+    image_position: Literal["keep", "front"] = field(
+        default="keep",
+        metadata={"help": "front: move the image mark of a turn to its beginning, as LLaVA's preprocess_multimodal."},
+    )
+    group_by_modality_length: bool = field(
+        default=False, metadata={"help": "Batches hold rows of one kind (image or text) and of similar length."}
+    )
+    max_bad_samples: int = field(
+        default=0, metadata={"help": "Bad rows that are dropped and counted before the run stops with an error."}
+    )
+    max_image_pixels: int = field(
+        default=100_000_000, metadata={"help": "Images with more pixels are refused from their header, undecoded."}
+    )
+    min_image_side: int = field(default=2, metadata={"help": "Images with a shorter side (pixels) count as broken."})
+    vision_feature_cache: str | None = field(
+        default=None,
+        metadata={"help": "Folder in which the features of a frozen tower are kept across epochs and runs."},
+    )
+
+
+@dataclass
+class CalArguments:
+    """Contrastive alignment. Unset options follow the strategy's preset (`cal_train.cal.strategies`)."""
+
+    cal: bool = field(default=False, metadata={"help": "Weight label tokens by how much they depend on the image."})
+    cal_strategy: str = field(
+        default="cal", metadata={"help": "cal (paper), cal_reference (reference code), uniform, random (control)."}
+    )
+    cal_low: float = field(default=1.0, metadata={"help": "Lower clamp of delta, in logits (paper: 1)."})
+    cal_high: float = field(default=5.0, metadata={"help": "Upper clamp of delta, in logits (paper: 5)."})
+    cal_window: int = field(default=3, metadata={"help": "Smoothing window in tokens, odd; 1 = off (paper: 3)."})
+    cal_ablation: Literal["remove", "mask"] | None = field(
+        default=None, metadata={"help": "How the image is taken away: image tokens removed, or masked as keys."}
+    )
+    cal_scope: Literal["labels", "flat"] | None = field(
+        default=None, metadata={"help": "Smoothing over a sample's label tokens, or over the flattened batch."}
+    )
+    loss_normalizer: Literal["sample", "micro_batch"] | None = field(
+        default=None,
+        metadata={
+            "help": "sample: mean weight 1 in each sample, then the token mean of the whole optimizer step. "
+            "micro_batch: sum(w CE) / sum(w) of each micro-batch on each rank (reference code)."
+        },
+    )
+
+
+@dataclass
+class VlmTrainingArguments(TrainingArguments):
+    """Hugging Face's arguments with the defaults that this trainer needs."""
+
+    report_to: str | list[str] | None = field(
+        default="tensorboard", metadata={"help": "tensorboard, wandb, trackio, none, or a list."}
+    )
+    logging_steps: float = field(default=10, metadata={"help": "Optimizer steps between two log lines."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Fixed: the collator makes the batch."})
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Fixed: a loss that is not finite stops the run and names its samples."}
+    )
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints that are kept."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule (LLaVA: cosine)."})
+    dataloader_num_workers: int = field(default=2, metadata={"help": "Processes that load and tokenize."})
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All options of one run."""
+
+    model: ModelArguments
+    data: DataArguments
+    cal: CalArguments
+    training: VlmTrainingArguments

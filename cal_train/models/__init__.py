@@ -1,0 +1,1 @@
+"""Model families behind one interface: build, load, take apart, and reach embeddings and head."""

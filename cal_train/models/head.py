@@ -1,0 +1,112 @@
+"""The output head of a VLM: what it does to hidden states, and how to work inside its own forward.
+
+ZeRO-3 gathers a parameter only while its module's forward runs, and FSDP2 only inside the root's forward. The head's
+weight is therefore never touched from outside: `open_head` teaches ``lm_head`` to run a function on its weight inside
+its forward, ``lm_head(hidden, inside=function)``.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from cal_train.cal.loss import target_logits, weighted_linear_cross_entropy
+
+Inside = Callable[[Tensor, Tensor, Tensor | None], object]
+
+
+@dataclass(frozen=True)
+class Head:
+    """What turns hidden states into logits besides the linear layer: ``softcap * tanh(scale * (h W + b) / softcap)``.
+
+    ``scale`` multiplies the logits (Cohere's ``logit_scale``, the inverse of Granite's ``logits_scaling``).
+    """
+
+    softcap: float | None = None
+    scale: float = 1.0
+
+    def scaled(self, hidden_ND: Tensor, bias_V: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return hidden states and bias that already carry the scale."""
+        if self.scale == 1.0:
+            return hidden_ND, bias_V
+        return hidden_ND * self.scale, None if bias_V is None else bias_V * self.scale
+
+    def target_logits(self, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, labels_N: Tensor) -> Tensor:
+        """Return the final logit of each row's target, (N,) float32."""
+        hidden_ND, bias_V = self.scaled(hidden_ND, bias_V)
+        return target_logits(hidden_ND, weight_VD, labels_N, bias_V, self.softcap)
+
+    def loss_sum(
+        self, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, labels_N: Tensor, token_weights_N: Tensor
+    ) -> Tensor:
+        """Return the weighted sum of cross-entropies, a scalar with exact gradients."""
+        hidden_ND, bias_V = self.scaled(hidden_ND, bias_V)
+        return weighted_linear_cross_entropy(hidden_ND, weight_VD, labels_N, token_weights_N, bias_V, self.softcap)
+
+
+def open_head(model: PreTrainedModel) -> None:
+    """Teach the model's ``lm_head`` the call ``lm_head(hidden, inside=function)``; idempotent.
+
+    ``function(hidden, weight, bias)`` runs inside the head's forward, where the weight is whole under every engine.
+
+    Raises:
+        ValueError: If the output head is not a linear layer (a quantised or replaced head).
+    """
+    lm_head = model.get_output_embeddings()
+    if not isinstance(lm_head, nn.Linear) or type(lm_head).forward is not nn.Linear.forward:
+        raise ValueError(
+            f"the output head of {type(model).__name__} is a {type(lm_head).__name__}, not a plain nn.Linear: its loss "
+            "cannot be computed in chunks. Load the model without a quantised or adapted lm_head"
+        )
+    if "forward" in vars(lm_head):
+        return
+    plain_forward = lm_head.forward
+
+    def forward(hidden: Tensor, inside: Inside | None = None) -> object:
+        return plain_forward(hidden) if inside is None else inside(hidden, lm_head.weight, lm_head.bias)
+
+    lm_head.forward = forward
+
+
+@torch.no_grad()
+def find_head(model: PreTrainedModel) -> Head:
+    """Return what the model's own forward does to logits after ``lm_head``.
+
+    A configuration may announce a soft cap or a scale that the composed class does not apply (transformers' LLaVA
+    drops Gemma-2's cap). So nothing is believed: known values are put in the place of the head's output and what comes
+    out of the model is compared with each known form.
+
+    Raises:
+        ValueError: If no known form agrees.
+    """
+    text_config = model.config.get_text_config()
+    softcap = getattr(text_config, "final_logit_softcapping", None)
+    scale = getattr(text_config, "logit_scale", None)
+    if scale is None and getattr(text_config, "logits_scaling", None):
+        scale = 1.0 / text_config.logits_scaling
+    candidates = [Head(softcap=cap, scale=factor) for cap in {None, softcap} for factor in {1.0, scale or 1.0}]
+
+    lm_head = model.get_output_embeddings()
+    known_V = torch.linspace(-50.0, 50.0, lm_head.out_features, device=model.device)
+    probe_ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+    was_training = model.training
+    model.eval()
+    hook = lm_head.register_forward_hook(lambda module, args, output: known_V.to(output.dtype).expand_as(output))
+    try:
+        logits_V = model(input_ids=probe_ids, attention_mask=torch.ones_like(probe_ids), use_cache=False).logits[0, -1]
+    finally:
+        hook.remove()
+        model.train(was_training)
+    known_V, logits_V = known_V.to(logits_V.dtype).double(), logits_V.double()
+    tolerance = 1e-4 if model.dtype == torch.float32 else 0.5
+    for head in candidates:
+        scaled_V = known_V * head.scale
+        ours_V = scaled_V if head.softcap is None else head.softcap * torch.tanh(scaled_V / head.softcap)
+        if (ours_V - logits_V).abs().max() <= tolerance:
+            return head
+    raise ValueError(
+        f"{type(model).__name__} changes its logits after lm_head in a way that is not known here (neither a soft cap "
+        "nor a scale of its configuration): token weights would be wrong, so training is refused"
+    )

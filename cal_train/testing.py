@@ -1,0 +1,180 @@
+"""Tiny models, tokenizers and data for tests and benchmarks: real classes, random weights, no downloads."""
+
+import json
+import os
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+
+CORPUS = [
+    "A chat between a curious user and an artificial intelligence assistant. USER: what is in the image? ASSISTANT: ",
+    "a red square on a blue background. yes no cat dog 0 1 2 3 4 5 6 7 8 9 green circle triangle\n",
+]
+SPECIAL_TOKENS = [
+    "<pad>", "<s>", "</s>", "<unk>", "<image>", "<|im_start|>", "<|im_end|>", "<|begin_of_text|>",
+    "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<bos>", "<start_of_turn>", "<end_of_turn>",
+]  # fmt: skip
+
+
+def tiny_tokenizer(
+    kind: Literal["bytelevel", "metaspace"] = "bytelevel", vocab_size: int = 400
+) -> PreTrainedTokenizerFast:
+    """Return a trained-on-nothing tokenizer whose specials fit every template.
+
+    ``bytelevel`` behaves like GPT-2, Llama-3 and Qwen; ``metaspace`` like the SentencePiece tokenizer of Llama-2 and
+    Vicuna (a prefix space, byte fallback, BOS added by the tokenizer).
+    """
+    if kind == "bytelevel":
+        core = Tokenizer(models.BPE())
+        core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        core.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=SPECIAL_TOKENS,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        core.train_from_iterator(CORPUS * 4, trainer)
+    else:
+        pieces = [*SPECIAL_TOKENS, *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581"]
+        letters = sorted({c for text in CORPUS for c in text if not c.isspace()})
+        core = Tokenizer(
+            models.BPE(
+                vocab={piece: i for i, piece in enumerate([*pieces, *letters])},
+                merges=[],
+                byte_fallback=True,
+                fuse_unk=True,
+                unk_token="<unk>",
+            )
+        )
+        core.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+        core.decoder = decoders.Sequence(
+            [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        )
+        core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+        core.add_special_tokens(SPECIAL_TOKENS)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        pad_token="<pad>",
+        extra_special_tokens={"image_token": "<image>"},
+        model_max_length=2048,
+    )
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def tiny_processor(tokenizer: PreTrainedTokenizerFast | None = None, image_size: int = 28) -> LlavaProcessor:
+    """Return a LLaVA processor for `tiny_llava`: 28 px images, 14 px patches, 4 image tokens."""
+    return LlavaProcessor(
+        image_processor=LlavaImageProcessorPil(
+            size={"shortest_edge": image_size}, crop_size={"height": image_size, "width": image_size}
+        ),
+        tokenizer=tokenizer or tiny_tokenizer(),
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        image_token="<image>",
+    )
+
+
+def tiny_llava(
+    tokenizer: PreTrainedTokenizerFast | None = None,
+    image_size: int = 28,
+    vocab_size: int | None = None,
+    num_layers: int = 2,
+    hidden_size: int = 32,
+    seed: int = 0,
+    **text_config: object,
+) -> LlavaForConditionalGeneration:
+    """Return a randomly initialised LLaVA of a few ten thousand parameters; equal for equal arguments."""
+    tokenizer = tokenizer or tiny_tokenizer()
+    torch.manual_seed(seed)
+    vision = CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        image_size=image_size,
+        patch_size=14,
+        projection_dim=32,
+    )
+    text = LlamaConfig(
+        **{
+            "vocab_size": vocab_size or len(tokenizer),
+            "hidden_size": hidden_size,
+            "intermediate_size": 2 * hidden_size,
+            "num_hidden_layers": num_layers,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 8192,
+            "pad_token_id": tokenizer.pad_token_id,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "initializer_range": 0.1,  # large enough for logits that differ visibly with and without the image
+            **text_config,
+        }
+    )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        image_seq_length=(image_size // 14) ** 2,
+    )
+    return LlavaForConditionalGeneration(config)
+
+
+def write_tiny_vlm(folder: str | os.PathLike, kind: Literal["bytelevel", "metaspace"] = "bytelevel", **model) -> Path:
+    """Save a tiny model with its processor and the ``vicuna_v1`` chat template; return the folder."""
+    from cal_train.data.conversation import load_template
+
+    tokenizer = tiny_tokenizer(kind)
+    processor = tiny_processor(tokenizer, model.get("image_size", 28))
+    processor.chat_template = load_template("vicuna_v1")
+    tiny_llava(tokenizer, **model).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return Path(folder)
+
+
+def write_tiny_data(folder: str | os.PathLike, num_rows: int = 16, text_only_every: int = 4, seed: int = 0) -> Path:
+    """Write ``data.json`` (LLaVA layout, one and two turns, some text-only rows) and its images; return its path."""
+    folder = Path(folder)
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    rows = []
+    for i in range(num_rows):
+        words = [f"{rng.choice(['red', 'green', 'blue'])} {rng.choice(['square', 'circle', 'dog'])}" for _ in range(3)]
+        has_image = not (text_only_every and i % text_only_every == text_only_every - 1)
+        turns = [
+            {"from": "human", "value": ("<image>\n" if has_image else "") + "what is in the image?"},
+            {"from": "gpt", "value": f"a {words[0]} on a {words[1]} background."},
+        ]
+        if i % 3 == 2:
+            turns += [{"from": "human", "value": "and a dog?"}, {"from": "gpt", "value": f"no. a {words[2]}"}]
+        row = {"id": f"row-{i}", "conversations": turns}
+        if has_image:
+            row["image"] = f"{i}.png"
+            height, width = rng.integers(20, 60, 2)
+            pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / "images" / row["image"])
+        rows.append(row)
+    path = folder / "data.json"
+    path.write_text(json.dumps(rows))
+    return path

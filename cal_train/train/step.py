@@ -1,0 +1,261 @@
+"""The training step: embed, forward without the image, forward with it, weights, loss - in one root forward.
+
+Both passes and the loss run inside a single call of the (wrapped) model. That is what makes one piece of code right
+under DDP, ZeRO-1/2/3 and FSDP2, which gather and reshard parameters around the root's forward.
+
+B rows, S positions, T = S - 1 shifted positions, N scored or label tokens, R rows with an image, V vocabulary, D width.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from cal_train.cal.ablation import mask_images, remove_images
+from cal_train.cal.strategies import TokenWeighting, normalize, token_weights
+from cal_train.models.families import family_of
+from cal_train.models.head import Head, open_head
+from cal_train.train.metrics import Stopwatch
+from cal_train.types import IGNORE_INDEX
+
+Batch = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class StepOptions:
+    """What a step needs to know besides the batch."""
+
+    head: Head
+    weighting: TokenWeighting | None = None
+    """None is plain training: every weight is 1."""
+    is_sharded: bool = False
+    """Parameters are split over ranks (ZeRO-3, FSDP2): every rank must run the same modules in every step."""
+    has_cached_features: bool = False
+    """Batches bring the features of the tower, which itself never runs."""
+    ablated_clock: Stopwatch | None = None
+    """Measures the pass without images."""
+
+
+class Targets(NamedTuple):
+    """Tokens to predict: label ``ids`` (N,) at ``positions`` (N,) >= 1 of ``rows`` (N,), in reading order."""
+
+    rows: Tensor
+    positions: Tensor
+    ids: Tensor
+
+
+def attach_step(model: PreTrainedModel) -> None:
+    """Teach the model's root forward the call ``model(step=StepOptions, **batch)``; plain calls stay as they were."""
+    open_head(model)
+    plain_forward = model.forward
+
+    def forward(*args: Any, step: StepOptions | None = None, **kwargs: Any) -> Any:
+        return plain_forward(*args, **kwargs) if step is None else run_step(model, kwargs, step)
+
+    model.forward = forward
+
+
+def run_step(model: PreTrainedModel, batch: Batch, options: StepOptions) -> dict[str, Tensor]:
+    """Return the weighted loss sum of a micro-batch and how its label tokens were weighted.
+
+    Args:
+        model: The VLM itself (this runs inside its forward).
+        batch: ``input_ids``, ``attention_mask``, ``labels`` (B, S) and ``pixel_values`` or ``vision_features``.
+        options: Head, weighting and what the engine asks for.
+
+    Returns:
+        ``loss_sum`` (sum of w * CE, with gradient) and ``weight_sum`` after normalisation. With an ablated pass also
+        ``logit_with``, ``logit_without``, ``delta`` and ``weight`` (before normalisation), each (N,) over label tokens.
+    """
+    labels = label_tokens(batch["labels"])
+    image_mask_BS = batch["input_ids"] == model.config.image_token_id
+    embeds_BSD = embed(model, batch["input_ids"], batch, image_mask_BS, options)
+    mask_BS = batch["attention_mask"]
+
+    weighting = options.weighting
+    needs_contrast = weighting is not None and weighting.ablation is not None
+    if needs_contrast:
+        scored = labels if weighting.scope == "labels" else every_position(batch["labels"])
+        with options.ablated_clock or contextlib.nullcontext():
+            without_N, is_ablated_N = logits_without_image(model, embeds_BSD, mask_BS, image_mask_BS, scored, options)
+
+    hidden_BSD = decode(model, embeds_BSD, mask_BS)
+    score_hidden_BSD = hidden_BSD.detach()
+    if needs_contrast and has_dropout(model):
+        with torch.no_grad(), dropout_off(model):
+            score_hidden_BSD = decode(model, embeds_BSD.detach(), mask_BS)
+
+    def weigh_and_lose(label_hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> dict[str, Tensor]:
+        weight_N, report = torch.ones(len(labels.ids), device=label_hidden_ND.device), {}
+        if needs_contrast:
+            score_hidden_ND = score_hidden_BSD[scored.rows, scored.positions - 1]
+            with_N = options.head.target_logits(score_hidden_ND, weight_VD, bias_V, scored.ids)
+            report = contrast(weighting, batch["labels"], scored, with_N, torch.where(is_ablated_N, without_N, with_N))
+            weight_N = report["weight"]
+        scale_N = weight_N if weighting is None else normalize(weighting, weight_N, labels.rows, len(mask_BS))
+        loss_sum = options.head.loss_sum(label_hidden_ND, weight_VD, bias_V, labels.ids, scale_N)
+        return {"loss_sum": loss_sum, "weight_sum": scale_N.sum(), **report}
+
+    return model.get_output_embeddings()(hidden_BSD[labels.rows, labels.positions - 1], inside=weigh_and_lose)
+
+
+@torch.no_grad()
+def contrast(
+    weighting: TokenWeighting, labels_BS: Tensor, scored: Targets, with_N: Tensor, without_N: Tensor
+) -> dict[str, Tensor]:
+    """Return logits with and without the image, their difference and the weight, each (N,) over the label tokens."""
+    label_mask_BT = labels_BS[:, 1:] != IGNORE_INDEX
+    with_BT, without_BT = torch.zeros(2, *label_mask_BT.shape, device=with_N.device)
+    with_BT[scored.rows, scored.positions - 1] = with_N.float()
+    without_BT[scored.rows, scored.positions - 1] = without_N.float()
+    delta_BT = with_BT - without_BT
+    return {
+        "logit_with": with_BT[label_mask_BT],
+        "logit_without": without_BT[label_mask_BT],
+        "delta": delta_BT[label_mask_BT],
+        "weight": token_weights(weighting, delta_BT, label_mask_BT),
+    }
+
+
+def label_tokens(labels_BS: Tensor) -> Targets:
+    """Return the label tokens. A label at position 0 has no token before it and is never predicted."""
+    rows, shifted = (labels_BS[:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)
+    return Targets(rows, shifted + 1, labels_BS[rows, shifted + 1])
+
+
+def every_position(labels_BS: Tensor) -> Targets:
+    """Return all positions from 1 on; where there is no label the target is id 0, as in the reference code."""
+    rows, shifted = torch.ones_like(labels_BS[:, 1:]).nonzero(as_tuple=True)
+    return Targets(rows, shifted + 1, labels_BS[rows, shifted + 1].masked_fill_(labels_BS[rows, shifted + 1] < 0, 0))
+
+
+def embed(
+    model: PreTrainedModel, input_ids_BS: Tensor, images: Batch, image_mask_BS: Tensor, options: StepOptions
+) -> Tensor:
+    """Return the input embeddings (B, S, D) with the image embeddings in the place of the image tokens.
+
+    Args:
+        model: The VLM.
+        input_ids_BS: Token ids with expanded image placeholders.
+        images: May hold ``pixel_values`` (I, C, H, W) or ``vision_features`` (I, P, width of the tower).
+        image_mask_BS: True at image placeholders.
+        options: Of the step.
+
+    Raises:
+        ValueError: If the images make more or fewer embeddings than there are placeholders.
+    """
+    family = family_of(model)
+    embeds_BSD = model.get_input_embeddings()(input_ids_BS)
+    features = images.get("vision_features")
+    if features is None and images.get("pixel_values") is not None:
+        features = family.vision_features(model, images["pixel_values"])
+    if features is None:
+        blank = blank_image_embeds(model, options)
+        return embeds_BSD if blank is None else embeds_BSD + 0.0 * blank.sum().to(embeds_BSD.dtype)
+    image_embeds = family.image_embeds(model, features).to(embeds_BSD.dtype)
+    if len(image_embeds) != int(image_mask_BS.sum()):
+        raise ValueError(
+            f"{len(features)} images make {len(image_embeds)} embeddings but the batch has {int(image_mask_BS.sum())} "
+            "image tokens: the processor's patch_size or select strategy does not fit the vision tower"
+        )
+    return embeds_BSD.masked_scatter(image_mask_BS[..., None], image_embeds)
+
+
+def blank_image_embeds(model: PreTrainedModel, options: StepOptions) -> Tensor | None:
+    """Return embeddings of a blank image for a batch without images, or None where nothing needs them.
+
+    They are added with factor 0, so that tower and projector take part in every rank's collectives (sharded
+    parameters) and every trainable parameter gets a gradient in every step, whichever rows a rank has drawn.
+    """
+    family = family_of(model)
+    is_learning = torch.is_grad_enabled() and any(p.requires_grad for p in family.vision_parameters(model))
+    if options.has_cached_features and (is_learning or options.is_sharded):
+        return family.image_embeds(model, family.blank_features(model))
+    if options.is_sharded or (is_learning and any(p.requires_grad for p in family.tower_parameters(model))):
+        return family.image_embeds(model, family.vision_features(model, family.blank_pixels(model)))
+    return family.image_embeds(model, family.blank_features(model)) if is_learning else None
+
+
+@torch.no_grad()
+def logits_without_image(
+    model: PreTrainedModel,
+    embeds_BSD: Tensor,
+    attention_mask_BS: Tensor,
+    image_mask_BS: Tensor,
+    scored: Targets,
+    options: StepOptions,
+) -> tuple[Tensor, Tensor]:
+    """Return each target's logit when the image is taken away, and whether there was anything to take away.
+
+    Rows without an image are not run again: nothing changes for them. With ``remove``, a target that follows an image
+    is predicted from the last text token before it; where no text precedes, there is nothing to compare with.
+
+    Returns:
+        Logits (N,), and a mask (N,) that is False where the logit with the image holds as it is.
+    """
+    is_image_row_B = image_mask_BS.any(1)
+    rows_R = is_image_row_B.nonzero()[:, 0]
+    if len(rows_R) == 0:
+        if not options.is_sharded:
+            return torch.zeros(len(scored.ids), device=embeds_BSD.device), is_image_row_B[scored.rows]
+        rows_R = rows_R.new_zeros(1)  # every rank runs the same modules, so any row will do
+    embeds_RSD, mask_RS, images_RS = embeds_BSD[rows_R], attention_mask_BS[rows_R], image_mask_BS[rows_R]
+    with dropout_off(model):
+        if options.weighting.ablation == "remove":
+            text = remove_images(embeds_RSD, mask_RS, images_RS)
+            hidden_RKD = decode(model, text.inputs_embeds, text.attention_mask, text.position_ids)
+            source_RS = text.last_kept
+        else:
+            hidden_RKD = decode(model, embeds_RSD, mask_images(mask_RS, images_RS))
+            source_RS = torch.arange(mask_RS.shape[1], device=mask_RS.device).expand_as(mask_RS)
+    index_of_row_B = torch.zeros(len(is_image_row_B), dtype=torch.long, device=rows_R.device)
+    index_of_row_B[rows_R] = torch.arange(len(rows_R), device=rows_R.device)
+    row_N = index_of_row_B[scored.rows]
+    source_N = source_RS[row_N, scored.positions - 1]
+    logits_N = model.get_output_embeddings()(
+        hidden_RKD[row_N, source_N.clamp_min(0)],
+        inside=lambda hidden, weight, bias: options.head.target_logits(hidden, weight, bias, scored.ids),
+    )
+    return logits_N, is_image_row_B[scored.rows] & (source_N >= 0)
+
+
+def decode(
+    model: PreTrainedModel, embeds_BSD: Tensor, attention_mask_BS: Tensor, position_ids_BS: Tensor | None = None
+) -> Tensor:
+    """Run the language model without its head; return the last hidden states (B, S, D)."""
+    return (
+        family_of(model)
+        .language_model(model)(
+            inputs_embeds=embeds_BSD,
+            attention_mask=attention_mask_BS,
+            position_ids=position_ids_BS,
+            use_cache=False,
+        )
+        .last_hidden_state
+    )
+
+
+def has_dropout(model: PreTrainedModel) -> bool:
+    """Return whether the language model drops anything in its present mode (LoRA dropout, attention dropout)."""
+    decoder = family_of(model).language_model(model)
+    attention_dropout = getattr(model.config.get_text_config(), "attention_dropout", 0.0) or 0.0
+    return decoder.training and (
+        attention_dropout > 0 or any(isinstance(m, nn.Dropout) and m.training and m.p > 0 for m in decoder.modules())
+    )
+
+
+@contextlib.contextmanager
+def dropout_off(model: PreTrainedModel) -> Iterator[None]:
+    """Put the language model into eval mode and back: scores with dropout on would be noise."""
+    training = [m for m in family_of(model).language_model(model).modules() if m.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
