@@ -131,7 +131,7 @@ class CalArguments:
 class VlmTrainingArguments(TrainingArguments):
     """Hugging Face's arguments with the defaults that this trainer needs."""
 
-    report_to: str | list[str] | None = field(
+    report_to: None | str | list[str] = field(  # noqa: RUF036 (the order that HfArgumentParser reads)
         default="tensorboard", metadata={"help": "tensorboard, wandb, trackio, none, or a list."}
     )
     logging_steps: float = field(default=10, metadata={"help": "Optimizer steps between two log lines."})

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from cal_train.cal.loss import target_logits, weighted_linear_cross_entropy
 
@@ -88,17 +89,8 @@ def find_head(model: PreTrainedModel) -> Head:
         scale = 1.0 / text_config.logits_scaling
     candidates = [Head(softcap=cap, scale=factor) for cap in {None, softcap} for factor in {1.0, scale or 1.0}]
 
-    lm_head = model.get_output_embeddings()
-    known_V = torch.linspace(-50.0, 50.0, lm_head.out_features, device=model.device)
-    probe_ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
-    was_training = model.training
-    model.eval()
-    hook = lm_head.register_forward_hook(lambda module, args, output: known_V.to(output.dtype).expand_as(output))
-    try:
-        logits_V = model(input_ids=probe_ids, attention_mask=torch.ones_like(probe_ids), use_cache=False).logits[0, -1]
-    finally:
-        hook.remove()
-        model.train(was_training)
+    known_V = torch.linspace(-50.0, 50.0, model.get_output_embeddings().out_features, device=model.device)
+    logits_V = _logits_for(model, known_V)
     known_V, logits_V = known_V.to(logits_V.dtype).double(), logits_V.double()
     tolerance = 1e-4 if model.dtype == torch.float32 else 0.5
     for head in candidates:
@@ -110,3 +102,32 @@ def find_head(model: PreTrainedModel) -> Head:
         f"{type(model).__name__} changes its logits after lm_head in a way that is not known here (neither a soft cap "
         "nor a scale of its configuration): token weights would be wrong, so training is refused"
     )
+
+
+def _logits_for(model: PreTrainedModel, head_output_V: Tensor) -> Tensor:
+    """Return what the root's forward makes of a given head output, without running body or head.
+
+    No parameter is touched, so that it works before an engine has gathered anything.
+    """
+    body, lm_head = getattr(model, model.base_model_prefix), model.get_output_embeddings()
+    hidden = torch.zeros(1, 1, lm_head.in_features, dtype=model.dtype, device=model.device)
+    stand_ins = {body: lambda *args, **kwargs: _Blank(last_hidden_state=hidden)}
+    stand_ins[lm_head] = lambda hidden: head_output_V.to(hidden.dtype).expand(*hidden.shape[:-1], -1)
+    kept = {module: vars(module).get("forward") for module in stand_ins}
+    for module, stand_in in stand_ins.items():
+        module.forward = stand_in
+    try:
+        ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+        return model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0, -1]
+    finally:
+        for module, forward in kept.items():
+            del module.forward
+            if forward is not None:
+                module.forward = forward
+
+
+class _Blank(BaseModelOutputWithPast):
+    """The output of a body that did not run: every field that is asked for is None."""
+
+    def __getattr__(self, name: str) -> None:
+        return None

@@ -1,0 +1,96 @@
+"""``cal-train check_data RECIPE_OR_JSON``: would every row train?"""
+
+import argparse
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from rich.text import Text
+
+from cal_train.cli.recipe import load_recipe
+from cal_train.data.check import CheckReport, check_source
+from cal_train.data.dataset import VlmDataset, build_dataset, build_eval_dataset
+from cal_train.data.images import DEFAULT_LIMITS, ImageLimits
+from cal_train.data.records import Rows
+from cal_train.data.sources import RowSummary, Source, summarize
+from cal_train.train.run import load_processor
+
+_MAX_LISTED = 200
+
+Part = tuple[Source, Rows, RowSummary, ImageLimits, VlmDataset | None]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's arguments."""
+    parser.add_argument("path", metavar="RECIPE_OR_JSON", help="a recipe (.yaml), or a data file: JSON, JSONL, Parquet")
+    parser.add_argument("--image_root", help="image root of a data file (default: its folder); a recipe has its own")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check every row; return 1 if any of them would fail, else 0."""
+    is_recipe = Path(args.path).suffix.lower() in (".yaml", ".yml")
+    if is_recipe and args.image_root:
+        raise ValueError("--image_root goes with a data file; a recipe names its own image_folder")
+    parts = recipe_parts(args.path) if is_recipe else [file_part(args.path, args.image_root)]
+    report = CheckReport()
+    with Progress(console=Console(stderr=True)) as progress:
+        task = progress.add_task("checking rows", total=sum(len(rows) for _, rows, *_ in parts))
+        for source, rows, summary, limits, dataset in parts:
+            check_source(report, source, rows, summary, limits, dataset, lambda n: progress.advance(task, n))
+    print_report(report, is_recipe)
+    return 1 if report.problems else 0
+
+
+def recipe_parts(path: str) -> list[Part]:
+    """Return the sources of a recipe's training and evaluation data, to be tokenized by the recipe's own processor."""
+    recipe = load_recipe(path, [])
+    processor = load_processor(recipe)
+    datasets = [build_dataset(recipe.data, processor), build_eval_dataset(recipe.data, processor)]
+    return [
+        (source, rows, summary, dataset.limits, dataset)
+        for dataset in datasets
+        if dataset is not None
+        for source, rows, summary in zip(dataset.sources, dataset.rows, dataset.summaries, strict=True)
+    ]
+
+
+def file_part(path: str, image_root: str | None) -> Part:
+    """Return a data file on its own; without a model folder, nothing is tokenized."""
+    rows = Rows(path)
+    source = Source(Path(path), Path(image_root) if image_root else None)
+    return source, rows, summarize(rows), DEFAULT_LIMITS, None
+
+
+def print_report(report: CheckReport, is_tokenized: bool) -> None:
+    """Print problems, repeated ids and counts."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=200)  # a file or a pipe has no width of its own
+    if report.problems:
+        table = Table("file", "row", "id", "problem", "cure", title="rows that would fail", show_lines=True)
+        for problem in report.problems[:_MAX_LISTED]:
+            cells = (problem.file, str(problem.row), problem.id, problem.problem, problem.cure)
+            table.add_row(*(Text(cell, overflow="fold") for cell in cells))
+        console.print(table)
+        if len(report.problems) > _MAX_LISTED:
+            console.print(f"and {len(report.problems) - _MAX_LISTED} more")
+    if report.duplicate_ids:
+        table = Table("file", "id", "rows", title="ids that occur more than once (these rows do train)")
+        for file, id, count in report.duplicate_ids[:_MAX_LISTED]:
+            table.add_row(Text(file, overflow="fold"), Text(id, overflow="fold"), str(count))
+        console.print(table)
+        if len(report.duplicate_ids) > _MAX_LISTED:
+            console.print(f"and {len(report.duplicate_ids) - _MAX_LISTED} more")
+    console.print(
+        f"{report.num_rows} rows, {len(report.problems)} would fail; {report.num_images} images, "
+        f"{report.num_text_only} text-only rows, {len(report.duplicate_ids)} repeated ids, "
+        f"{report.num_leading_answers} rows whose leading assistant turn is dropped"
+    )
+    if is_tokenized:
+        console.print(
+            f"{report.num_supervised} supervised tokens; "
+            f"{report.num_truncated} rows truncated by {report.num_cut} tokens"
+        )
+    else:
+        console.print("tokens and lengths were not checked: that takes a recipe with a model folder")

@@ -1,0 +1,21 @@
+"""``merge``: fold a LoRA adapter into a plain checkpoint."""
+
+import argparse
+from pathlib import Path
+
+from cal_train.models.lora import merge
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``merge``."""
+    parser.add_argument("--adapter", type=Path, required=True, metavar="DIR", help="Folder of the adapter.")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="Folder to write.")
+    parser.add_argument(
+        "--base", type=Path, metavar="DIR", help="Folder of the base model. Default: the one that the adapter names."
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Merge the adapter, and say where the result is."""
+    print(f"wrote {merge(args.adapter, args.output, args.base)}")
+    return 0

@@ -1,0 +1,1 @@
+"""Look at a trained model: scores per token."""

@@ -1,0 +1,114 @@
+"""Logits with and without the image, delta and weight for every label token of a data file."""
+
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+
+from cal_train.cal.strategies import TokenWeighting
+from cal_train.data.collate import Collator
+from cal_train.data.dataset import VlmDataset
+from cal_train.data.sources import Source
+from cal_train.models.head import find_head
+from cal_train.train.step import StepOptions, attach_step, label_tokens
+from cal_train.types import IGNORE_INDEX, Problem
+
+logger = logging.getLogger(__name__)
+
+SCORES = ("logit_with", "logit_without", "delta", "weight")
+
+
+def score_file(
+    model_folder: str | Path,
+    data: str | Path,
+    image_root: str | Path | None,
+    output: str | Path,
+    weighting: TokenWeighting,
+    batch_size: int = 8,
+    max_bad_samples: int = 0,
+    max_length: int = 2048,
+) -> int:
+    """Score a data file and write one JSON object per sample, in input order.
+
+    Each object has ``id``, ``input_ids`` (image placeholders expanded), ``label_positions`` (indices into
+    ``input_ids``), ``tokens`` (their text) and, aligned with them, ``logit_with``, ``logit_without``, ``delta`` and
+    ``weight``. The model runs in eval mode and float32.
+
+    Args:
+        model_folder: A model in Hugging Face layout; its own chat template is used.
+        data: JSON, JSONL or Parquet file.
+        image_root: Folder of the images. Default: the folder of the data file.
+        output: JSON lines file; written aside and renamed when complete.
+        weighting: How weights follow from deltas; must contrast with and without image.
+        batch_size: Rows per forward pass.
+        max_bad_samples: Bad rows that are left out (and logged) before the run stops.
+        max_length: Tokens per row.
+
+    Returns:
+        The number of samples written.
+
+    Raises:
+        ValueError: If the weighting has nothing to contrast, or more rows are bad than allowed.
+    """
+    if weighting.ablation is None:
+        raise ValueError("this strategy takes no image away, so there is nothing to score: use cal or cal_reference")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = AutoModelForImageTextToText.from_pretrained(model_folder, dtype=torch.float32).to(device).eval()
+    processor = AutoProcessor.from_pretrained(model_folder, backend="pil")
+    source = Source(Path(data), Path(image_root) if image_root else None)
+    dataset = VlmDataset([source], processor, "chat", max_length)
+    loader = DataLoader(dataset, batch_size=batch_size, collate_fn=Collator(processor.tokenizer.pad_token_id))
+
+    temporary = Path(f"{output}.part")
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    num_written, dropped = 0, list[Problem]()
+    with temporary.open("w", encoding="utf-8") as file, tqdm(total=len(dataset), desc="score", unit="row") as progress:
+        for batch, scores in score_batches(model, loader, weighting):
+            dropped += batch["dropped"]
+            if len(dropped) > max_bad_samples:
+                raise ValueError(f"{dropped[-1]}\n{len(dropped)} bad rows, max_bad_samples is {max_bad_samples}")
+            for record in records_of(batch, scores, processor.tokenizer):
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+                num_written += 1
+            progress.update(batch_size)
+    temporary.replace(output)
+    for problem in dropped:
+        logger.warning("left out: %s", problem)
+    return num_written
+
+
+@torch.no_grad()
+def score_batches(
+    model: PreTrainedModel, batches: Iterator[dict[str, Any]] | DataLoader, weighting: TokenWeighting
+) -> Iterator[tuple[dict[str, Any], dict[str, torch.Tensor]]]:
+    """Yield each batch with its scores, each (N,) over the batch's label tokens in reading order."""
+    attach_step(model)
+    options = StepOptions(find_head(model), weighting)
+    for batch in batches:
+        inputs = {name: value.to(model.device) for name, value in batch.items() if isinstance(value, torch.Tensor)}
+        outputs = model(step=options, **inputs)
+        yield batch, {name: outputs[name].cpu() for name in SCORES}
+
+
+def records_of(
+    batch: Mapping[str, Any], scores: Mapping[str, torch.Tensor], tokenizer: Any
+) -> Iterator[dict[str, Any]]:
+    """Yield the score record of each sample of a batch; the stand-in row of an all-dropped batch has none."""
+    labels = label_tokens(batch["labels"])
+    for row, sample_id in enumerate(batch["sample_ids"]):
+        if (batch["labels"][row] == IGNORE_INDEX).all():
+            continue
+        mine = labels.rows == row
+        yield {
+            "id": sample_id,
+            "input_ids": batch["input_ids"][row][batch["attention_mask"][row].bool()].tolist(),
+            "label_positions": labels.positions[mine].tolist(),
+            "tokens": [tokenizer.decode([token]) for token in labels.ids[mine].tolist()],
+            **{name: scores[name][mine].tolist() for name in SCORES},
+        }

@@ -1,0 +1,229 @@
+"""A training run from recipe to result folder, as a table of contents."""
+
+import dataclasses
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import yaml
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    PreTrainedModel,
+    ProcessorMixin,
+    set_seed,
+)
+from transformers.utils import is_flash_attn_2_available
+
+from cal_train.cal.strategies import TokenWeighting, resolve_weighting
+from cal_train.conf import CalArguments, ModelArguments, Recipe, VlmTrainingArguments
+from cal_train.data.collate import Collator
+from cal_train.data.conversation import resolve_template
+from cal_train.data.dataset import VlmDataset, build_dataset, build_eval_dataset
+from cal_train.data.images import apply_aspect_ratio
+from cal_train.data.sampling import ModalityLengthSampler, ShuffledSampler
+from cal_train.models.families import FAMILIES
+from cal_train.models.lora import add_lora
+from cal_train.models.parts import PartCount, freeze
+from cal_train.train.checkpoint import resolve_resume
+from cal_train.train.features import FeatureCache
+from cal_train.train.provenance import environment
+from cal_train.train.trainer import VlmTrainer
+
+logger = logging.getLogger(__name__)
+
+
+def train(recipe: Recipe) -> Path:
+    """Run a recipe and return the folder with the trained model, in plain Hugging Face layout."""
+    set_up_logging(recipe.training)
+    resume = resolve_resume(recipe.training.resume_from_checkpoint, recipe.training.output_dir)
+    weighting = weighting_of(recipe.cal)
+    set_seed(recipe.training.seed)
+
+    processor = load_processor(recipe)
+    model = load_model(recipe.model, recipe.training)
+    trainable = wrap_lora(model, recipe.model)
+    counts = freeze(trainable, recipe.model.stage, part_overrides(recipe.model))
+    dataset = build_dataset(recipe.data, processor, data_seed(recipe.training))
+    eval_dataset = build_eval_dataset(recipe.data, processor)
+    features = cache_features(recipe, model, processor, [dataset, *([eval_dataset] if eval_dataset else [])])
+    write_provenance(recipe, weighting)
+
+    trainer = VlmTrainer(
+        model=trainable,
+        args=recipe.training,
+        processor=processor,
+        weighting=weighting,
+        train_dataset=dataset,
+        data_collator=Collator(processor.tokenizer.pad_token_id),
+        train_sampler=build_sampler(recipe, dataset),
+        eval_dataset=eval_dataset,
+        mm_projector_lr=recipe.model.mm_projector_lr,
+        vision_tower_lr=recipe.model.vision_tower_lr,
+        max_bad_samples=recipe.data.max_bad_samples,
+        has_cached_features=features is not None,
+    )
+    announce(recipe, weighting, dataset, counts)
+    trainer.train(resume_from_checkpoint=resume)
+    trainer.save_model()
+    trainer.save_state()
+    report_end(trainer, recipe)
+    return Path(recipe.training.output_dir)
+
+
+def set_up_logging(args: VlmTrainingArguments) -> None:
+    """One line per event on the main process; other ranks only warn."""
+    level = logging.INFO if args.process_index == 0 else logging.WARNING
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("cal_train").setLevel(level)
+
+
+def weighting_of(cal: CalArguments) -> TokenWeighting | None:
+    """Return how label tokens are weighted; None (stock loss) when CAL is off and no other normaliser is asked for."""
+    strategy = cal.cal_strategy if cal.cal else "uniform"
+    weighting = resolve_weighting(
+        strategy, cal.cal_low, cal.cal_high, cal.cal_window, cal.cal_ablation, cal.cal_scope, cal.loss_normalizer
+    )
+    return weighting if cal.cal or cal.loss_normalizer else None
+
+
+def load_processor(recipe: Recipe) -> ProcessorMixin:
+    """Return the processor with the recipe's chat template and aspect ratio, which are saved with every checkpoint.
+
+    Images go through the PIL backend: it resizes as the original code does, and equally on every machine.
+    """
+    processor = AutoProcessor.from_pretrained(recipe.model.model_name_or_path, backend="pil")
+    processor.chat_template = resolve_template(recipe.data.template, processor)
+    processor.tokenizer.padding_side = "right"
+    apply_aspect_ratio(processor, recipe.model.image_aspect_ratio)
+    return processor
+
+
+def load_model(model_args: ModelArguments, args: VlmTrainingArguments) -> PreTrainedModel:
+    """Return the VLM in training precision.
+
+    Raises:
+        ValueError: If the folder holds a model of a family that is not supported.
+    """
+    folder = model_args.model_name_or_path
+    config = AutoConfig.from_pretrained(folder)
+    if config.model_type not in FAMILIES:
+        raise ValueError(
+            f"{folder} holds a {config.model_type!r} model; supported are {', '.join(FAMILIES)}. Build one from parts "
+            "with `cal-train compose`"
+        )
+    if model_args.mm_vision_select_layer is not None:
+        config.vision_feature_layer = model_args.mm_vision_select_layer
+    dtype = model_args.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if args.deepspeed_plugin is not None and args.bf16 else "float32"
+    attention = model_args.attn_implementation or (
+        "flash_attention_2" if is_flash_attn_2_available() and (args.bf16 or dtype == "bfloat16") else "sdpa"
+    )
+    return AutoModelForImageTextToText.from_pretrained(
+        folder, config=config, dtype=getattr(torch, dtype), attn_implementation=attention
+    )
+
+
+def part_overrides(model_args: ModelArguments) -> dict[str, bool | None]:
+    """Return the recipe's choice per part; None leaves it to the stage."""
+    return {
+        "projector": model_args.tune_projector,
+        "language_model": model_args.tune_language_model,
+        "vision_tower": model_args.tune_vision_tower,
+    }
+
+
+def wrap_lora(model: PreTrainedModel, model_args: ModelArguments) -> nn.Module:
+    """Return the model itself, or a peft wrapper with adapters on the language model."""
+    if not model_args.lora_enable:
+        return model
+    return add_lora(
+        model, model_args.lora_r, model_args.lora_alpha, model_args.lora_dropout, model_args.lora_target_modules
+    )
+
+
+def cache_features(
+    recipe: Recipe, model: PreTrainedModel, processor: ProcessorMixin, datasets: Sequence[VlmDataset]
+) -> FeatureCache | None:
+    """Fill the feature cache for every image of the run, if the recipe asks for it, and let the data sets read it."""
+    if recipe.data.vision_feature_cache is None:
+        return None
+    cache = FeatureCache(Path(recipe.data.vision_feature_cache), model, processor)
+    for dataset in datasets:
+        cache.fill(dataset, recipe.training)
+        dataset.load_features = cache
+    return cache
+
+
+def data_seed(args: VlmTrainingArguments) -> int:
+    """Return the seed of the row order and of fractional source weights."""
+    return args.data_seed if args.data_seed is not None else args.seed
+
+
+def build_sampler(recipe: Recipe, dataset: VlmDataset) -> ShuffledSampler:
+    """Return the order of rows, a function of (seed, epoch)."""
+    args = recipe.training
+    if not recipe.data.group_by_modality_length:
+        return ShuffledSampler(dataset, data_seed(args))
+    return ModalityLengthSampler(dataset, rows_per_step(args), data_seed(args))
+
+
+def rows_per_step(args: VlmTrainingArguments) -> int:
+    """Return the rows of one optimizer step over all ranks."""
+    return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+
+
+def write_provenance(recipe: Recipe, weighting: TokenWeighting | None) -> None:
+    """Write the resolved recipe, versions, commit and seed into the run folder, before step 1."""
+    args = recipe.training
+    if not args.should_save:
+        return
+    folder = Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    resolved = {
+        **dataclasses.asdict(recipe.model),
+        **dataclasses.asdict(recipe.data),
+        **dataclasses.asdict(recipe.cal),
+        **args.to_dict(),
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(resolved, default=str)), sort_keys=True))
+    facts = environment() | {"seed": args.seed, "world_size": args.world_size}
+    facts["token_weighting"] = None if weighting is None else dataclasses.asdict(weighting)
+    (folder / "environment.json").write_text(json.dumps(facts, indent=2))
+
+
+def announce(recipe: Recipe, weighting: TokenWeighting | None, dataset: VlmDataset, counts: list[PartCount]) -> None:
+    """Log what is about to happen, one line per fact."""
+    args = recipe.training
+    logger.info(
+        "%d rows; %d per step = %d per device x %d accumulated x %d ranks",
+        len(dataset),
+        rows_per_step(args),
+        args.per_device_train_batch_size,
+        args.gradient_accumulation_steps,
+        args.world_size,
+    )
+    for count in counts:
+        logger.info("%s", count)
+    logger.info("CAL: %s", "off" if weighting is None or weighting.ablation is None else weighting)
+
+
+def report_end(trainer: VlmTrainer, recipe: Recipe) -> None:
+    """Log where the result is, what was dropped, and the command to run next."""
+    folder = recipe.training.output_dir
+    if trainer.dropped.count:
+        logger.warning("%d bad rows were dropped on rank %d:", trainer.dropped.count, recipe.training.process_index)
+        for problem in trainer.dropped.problems[:10]:
+            logger.warning("  %s", problem)
+    if recipe.model.lora_enable:
+        logger.info("adapters saved. Next: cal-train merge --adapter %s --output %s-merged", folder, folder)
+    elif recipe.model.stage == "pretrain":
+        logger.info("saved. Next: cal-train train FINETUNE.yaml --model_name_or_path %s", folder)
+    else:
+        source = recipe.data.data_path or recipe.data.data[0]["path"]
+        logger.info("saved. Next: cal-train score --model %s --data %s --output scores.jsonl", folder, source)

@@ -1,0 +1,272 @@
+"""`VlmTrainer`: a Hugging Face Trainer whose loss is the CAL step of `cal_train.train.step`."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Sampler
+from transformers import PreTrainedModel, ProcessorMixin, Trainer, TrainerCallback, TrainerControl, TrainerState
+
+from cal_train.cal.strategies import TokenWeighting
+from cal_train.conf import VlmTrainingArguments
+from cal_train.models.families import base_model
+from cal_train.models.head import find_head
+from cal_train.models.parts import parameter_groups
+from cal_train.train.checkpoint import load_weights_strictly
+from cal_train.train.metrics import WEIGHT_SUMS, Stopwatch, weight_report, weight_sums
+from cal_train.train.step import StepOptions, attach_step
+from cal_train.types import IGNORE_INDEX, DropCount, Problem
+
+
+class VlmTrainer(Trainer):
+    """Train a VLM by next-token prediction, every label token weighted as ``weighting`` says.
+
+    Args:
+        model: The VLM, or a peft wrapper around it.
+        args: Training arguments.
+        processor: Saved beside every checkpoint, chat template included.
+        weighting: None for plain training.
+        train_dataset: Map-style, with ``set_epoch``.
+        data_collator: Makes the batch dict (`cal_train.data.collate`).
+        train_sampler: Order of the rows; has ``set_epoch``.
+        eval_dataset: Rows of the evaluation loss.
+        mm_projector_lr: Learning rate of the projector, if it is to differ.
+        vision_tower_lr: Learning rate of the vision tower, if it is to differ.
+        max_bad_samples: Rows that may be dropped on a rank before the run stops.
+        has_cached_features: Batches bring ``vision_features``.
+    """
+
+    loss_is_scaled_for_ga: bool | None = True
+
+    def __init__(
+        self,
+        model: PreTrainedModel | nn.Module,
+        args: VlmTrainingArguments,
+        processor: ProcessorMixin,
+        weighting: TokenWeighting | None,
+        train_dataset: Dataset,
+        data_collator: Callable[[Sequence[Any]], dict[str, Any]],
+        train_sampler: Sampler[int] | None = None,
+        eval_dataset: Dataset | None = None,
+        mm_projector_lr: float | None = None,
+        vision_tower_lr: float | None = None,
+        max_bad_samples: int = 0,
+        has_cached_features: bool = False,
+    ):
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"{args.n_gpu} GPUs are visible to one process, which would use DataParallel. Start with `accelerate "
+                "launch -m cal_train train RECIPE.yaml`, or make one GPU visible (CUDA_VISIBLE_DEVICES=0)"
+            )
+        vlm = base_model(model)
+        head = find_head(vlm)
+        attach_step(vlm)
+        super().__init__(
+            model=model,
+            args=args,
+            processing_class=processor,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            data_collator=data_collator,
+        )
+        self.model_accepts_loss_kwargs = True
+        # `sample`: our loss is already divided by the label count of the whole optimizer step. `micro_batch`: it is a
+        # mean per micro-batch and the Trainer divides by the number of accumulation steps.
+        self.loss_is_scaled_for_ga = weighting is None or weighting.normalizer == "sample"
+        self.weighting = weighting
+        self.train_sampler = train_sampler
+        self.group_options = {"mm_projector_lr": mm_projector_lr, "vision_tower_lr": vision_tower_lr}
+        self.max_bad_samples = max_bad_samples
+        self.dropped = DropCount()
+        self.ablated_clock = Stopwatch(args.device)
+        self.step_options = StepOptions(head, weighting, self._is_sharded(), has_cached_features, self.ablated_clock)
+        self._reset_window()
+        self.add_callback(_SetEpoch(self))
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss of a micro-batch, scaled so that the optimizer step sees the mean over all its label tokens.
+
+        With ``sample`` weights w' (mean 1 per sample), n label tokens in the optimizer step over all ranks and W ranks:
+        ``loss = W * sum(w' CE) / n``; the engine averages gradients over ranks, which takes W away again. With
+        ``micro_batch``: ``sum(w CE) / sum(w)``, averaged over accumulation steps and ranks (reference code).
+        """
+        sample_ids = inputs.pop("sample_ids", None)
+        outputs = model(step=self.step_options, **inputs)  # forward without and with the image, weights, loss sum
+        if self.weighting is not None and self.weighting.normalizer == "micro_batch":
+            loss = outputs["loss_sum"] / outputs["weight_sum"].clamp_min(torch.finfo(torch.float32).tiny)
+        else:
+            if num_items_in_batch is None:
+                num_items_in_batch = count_labels(inputs["labels"])
+            loss = outputs["loss_sum"] * self.args.world_size / max(int(num_items_in_batch), 1)
+        self._check_finite(loss, sample_ids)
+        self._measure(inputs, outputs)
+        return (loss, outputs) if return_outputs else loss
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Any]], Tensor | None]:
+        """Fetch the micro-batches of an optimizer step; count dropped rows, waiting time and label tokens."""
+        started = time.perf_counter()
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._data_wait_seconds += time.perf_counter() - started
+        for batch in batches:
+            self._count_dropped(batch.pop("dropped", []))
+        if not batches:
+            return batches, None
+        num_labels = torch.stack([count_labels(batch["labels"]) for batch in batches]).sum().to(device)
+        return batches, self.accelerator.reduce(num_labels, "sum")
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Build the optimizer with one parameter group per part and decay."""
+        if self.optimizer is None:
+            model = self.model if model is None else model
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+            groups = parameter_groups(
+                model,
+                learning_rate=self.args.learning_rate,
+                weight_decay=self.args.weight_decay,
+                decay_names=self.get_decay_parameter_names(model),
+                **self.group_options,
+            )
+            self.optimizer = optimizer_class(groups, **options)
+        return self.optimizer
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add throughput, data waiting and weight statistics to the Trainer's line."""
+        if "loss" in logs:
+            logs.update(self._window_report())
+        super().log(logs, start_time)
+
+    @torch.no_grad()
+    def evaluate(
+        self,
+        eval_dataset: Dataset | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Return the plain cross-entropy per label token over the evaluation rows, each counted exactly once.
+
+        It is the same number with CAL on or off, so that runs compare. Ranks that run out of rows go on with empty
+        batches: sharded parameters need every rank.
+        """
+        dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
+        model = self.model_wrapped
+        model.eval()
+        options = StepOptions(
+            self.step_options.head, None, self.step_options.is_sharded, self.step_options.has_cached_features
+        )
+        sums = torch.zeros(2, device=self.args.device, dtype=torch.float64 if self.args.device.type == "cpu" else None)
+        for batch in self._eval_batches(dataset):
+            self._count_dropped(batch.pop("dropped", []))
+            batch.pop("sample_ids", None)
+            inputs = self._prepare_inputs(batch)
+            loss_sum = model(step=options, **inputs)["loss_sum"]
+            sums += torch.stack([loss_sum, count_labels(inputs["labels"]).to(loss_sum)])
+        loss_sum, num_labels = self.accelerator.reduce(sums, "sum").tolist()
+        metrics = {f"{metric_key_prefix}_loss": loss_sum / max(num_labels, 1.0)}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _eval_batches(self, dataset: Dataset) -> DataLoader:
+        size, world, rank = self.args.eval_batch_size, self.args.world_size, self.args.process_index
+        num_batches = -(-len(dataset) // (size * world))
+        mine = list(range(rank, len(dataset), world))
+        batches = [mine[i * size : (i + 1) * size] for i in range(num_batches)]
+        return DataLoader(
+            dataset,
+            batch_sampler=batches,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+        )
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int] | None:
+        return self.train_sampler if self.train_sampler is not None else super()._get_train_sampler(train_dataset)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        # The Trainer loads by the names inside the module and tolerates missing keys; files carry the names of the
+        # published layout, so that it would load nothing and say nothing.
+        if model is not None or not isinstance(self.model, PreTrainedModel):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            load_weights_strictly(self.model, resume_from_checkpoint)
+
+    def _is_sharded(self) -> bool:
+        if self.is_deepspeed_enabled:
+            return self.accelerator.state.deepspeed_plugin.zero_stage == 3
+        return self.is_fsdp_enabled
+
+    def _check_finite(self, loss: Tensor, sample_ids: list[str] | None) -> None:
+        if not torch.isfinite(loss):
+            raise FloatingPointError(
+                f"loss is {loss.item()} at step {self.state.global_step + 1} on rank {self.args.process_index}, "
+                f"samples {', '.join(sample_ids or ['?'])}. Lower learning_rate or look at these rows with `cal-train "
+                f"preview`; resume from the last checkpoint in {self.args.output_dir}"
+            )
+
+    def _count_dropped(self, problems: list[Problem]) -> None:
+        for problem in problems:
+            self.dropped.count += 1
+            self.dropped.problems.append(problem)
+            if self.dropped.count > self.max_bad_samples:
+                raise ValueError(
+                    f"{problem}\n{self.dropped.count} bad rows, max_bad_samples is {self.max_bad_samples}. Run "
+                    "`cal-train check_data` on the recipe to see all of them; a larger max_bad_samples drops and counts them"
+                )
+
+    def _measure(self, inputs: dict[str, Any], outputs: dict[str, Tensor]) -> None:
+        self._num_tokens += inputs["attention_mask"].sum()
+        if "delta" in outputs:
+            self._weight_sums += weight_sums(self.weighting, outputs["delta"], outputs["weight"])
+
+    def _reset_window(self) -> None:
+        device = self.args.device
+        self._num_tokens = torch.zeros((), dtype=torch.long, device=device)
+        self._weight_sums = torch.zeros(len(WEIGHT_SUMS), device=device)
+        self._data_wait_seconds = 0.0
+        self._window_started, self._window_first_step = time.perf_counter(), self.state.global_step
+
+    def _window_report(self) -> dict[str, float]:
+        seconds = time.perf_counter() - self._window_started
+        num_steps = max(self.state.global_step - self._window_first_step, 1)
+        own = torch.tensor([float(self._num_tokens), self.dropped.count], device=self.args.device)
+        num_tokens, num_dropped = self.accelerator.reduce(own, "sum").tolist()
+        report = {
+            "tokens_per_second": num_tokens / seconds,
+            "data_wait_share": self._data_wait_seconds / seconds,
+            "dropped_rows": num_dropped,
+        }
+        if self.weighting is not None and self.weighting.ablation is not None:
+            report |= weight_report(self.accelerator.reduce(self._weight_sums, "sum"), num_steps)
+            report["cal/overhead"] = self.ablated_clock.read_and_reset() / seconds
+        self._reset_window()
+        return report
+
+
+def count_labels(labels_BS: Tensor) -> Tensor:
+    """Return how many label tokens are predicted; a label at position 0 never is."""
+    return (labels_BS[:, 1:] != IGNORE_INDEX).sum()
+
+
+class _SetEpoch(TrainerCallback):
+    """Tells sampler and dataset the epoch, also on resume (accelerate does not reach a sampler of a skipped loader)."""
+
+    def __init__(self, trainer: VlmTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.trainer._reset_window()
+
+    def on_epoch_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        epoch = int(state.epoch + 1e-6)
+        for target in (self.trainer.train_sampler, self.trainer.train_dataset):
+            if target is not None:
+                target.set_epoch(epoch)
