@@ -1,0 +1,1 @@
+"""Data files to batches: records, conversation, tokenize, images, dataset, collate, sampling; check and preview."""

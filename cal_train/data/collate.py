@@ -1,0 +1,64 @@
+"""Examples to one batch."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from cal_train.types import IGNORE_INDEX, Problem
+
+DROPPED_ROW_ID = "(dropped)"
+"""Sample id of the stand-in row of a batch whose rows were all dropped."""
+
+
+class Collator:
+    """Make a batch of what `cal_train.data.dataset.VlmDataset` returns.
+
+    B rows, S longest row, I images, P patches, D tower width. The batch holds ``input_ids``, ``attention_mask`` and
+    ``labels`` (B, S) int64, padded on the right; ``pixel_values`` (I, C, H, W) float32 or ``vision_features``
+    (I, P, D), in the order of the image placeholders, both absent when no row has an image; ``sample_ids`` (B strings)
+    and ``dropped``, the `Problem` of every bad row.
+
+    A batch whose rows were all dropped comes out as one row of one pad token without labels, so that every rank still
+    takes its step.
+    """
+
+    def __init__(self, pad_token_id: int):
+        self.pad_token_id = pad_token_id
+
+    def __call__(self, items: Sequence[dict[str, Any] | Problem]) -> dict[str, Any]:
+        """Return the batch of the items.
+
+        Raises:
+            ValueError: If some rows carry pixels and others cached features: the cache is incomplete.
+        """
+        dropped = [item for item in items if isinstance(item, Problem)]
+        examples = [item for item in items if not isinstance(item, Problem)] or [self._stand_in()]
+        input_ids = [example["input_ids"] for example in examples]
+        batch = {
+            "input_ids": pad_sequence(input_ids, batch_first=True, padding_value=self.pad_token_id),
+            "attention_mask": pad_sequence([torch.ones_like(ids) for ids in input_ids], batch_first=True),
+            "labels": pad_sequence(
+                [example["labels"] for example in examples], batch_first=True, padding_value=IGNORE_INDEX
+            ),
+            "sample_ids": [example["sample_id"] for example in examples],
+            "dropped": dropped,
+        }
+        kinds = [key for key in ("pixel_values", "vision_features") if any(key in example for example in examples)]
+        if len(kinds) > 1:
+            missing = [example["sample_id"] for example in examples if "pixel_values" in example]
+            raise ValueError(
+                f"images of sample {missing[0]!r} are not in the feature cache while those of others are: "
+                "fill the cache for this data set again, or unset vision_feature_cache"
+            )
+        for key in kinds:
+            batch[key] = torch.cat([example[key] for example in examples if key in example])
+        return batch
+
+    def _stand_in(self) -> dict[str, Any]:
+        return {
+            "input_ids": torch.tensor([self.pad_token_id]),
+            "labels": torch.tensor([IGNORE_INDEX]),
+            "sample_id": DROPPED_ROW_ID,
+        }

@@ -1,0 +1,249 @@
+"""Rows of one or several sources as a map-style data set of tokenized examples with their images."""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+from transformers import ProcessorMixin
+
+from cal_train.conf import DataArguments
+from cal_train.data.conversation import render, resolve_template
+from cal_train.data.images import DEFAULT_LIMITS, ImageLimits, count_image_tokens, open_image
+from cal_train.data.records import Rows, parse_row
+from cal_train.data.sources import Source, draw_rows, modality_lengths, summarize, training_sources
+from cal_train.data.tokenize import tokenize_conversation
+from cal_train.types import IMAGE_MARK, BadSampleError, Message, Problem, Sample, TokenizedExample
+
+logger = logging.getLogger(__name__)
+
+LoadFeatures = Callable[[Path | bytes], torch.Tensor | None]
+"""Cached tower features (P, D) of one image, or None if they are not cached."""
+
+
+class VlmDataset(Dataset):
+    """Map-style data set over a weighted mixture of sources.
+
+    A source of weight w contributes ``round(w * rows)`` rows per epoch: each row as often as w's whole part says, and
+    for the fraction rows drawn without replacement, anew each epoch, as a function of (seed, epoch) alone. The length
+    is the same in every epoch. DataLoader workers must start after `set_epoch` (they do unless they are persistent).
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        processor: ProcessorMixin,
+        template: str,
+        max_length: int,
+        image_position: Literal["keep", "front"] = "keep",
+        limits: ImageLimits = DEFAULT_LIMITS,
+        load_features: LoadFeatures | None = None,
+        seed: int = 0,
+    ):
+        """Open the sources.
+
+        Args:
+            sources: The mixture.
+            processor: A LLaVA processor; its image processor makes ``pixel_values``.
+            template: A template's name, see `cal_train.data.conversation.resolve_template`.
+            max_length: Tokens per row, image placeholders included.
+            image_position: ``front`` moves the image marks of a turn to its beginning, each followed by a newline.
+            limits: Which images are refused.
+            load_features: If given, rows whose images are all cached return ``vision_features`` instead of pixels.
+            seed: Of the draws for fractional weights.
+
+        Raises:
+            ValueError: If a file cannot be read, the mixture has no rows, a weight is not positive, the template does
+                not fit the tokenizer, or the processor's image token is not ``IMAGE_MARK``.
+        """
+        if not sources:
+            raise ValueError("no data: give data_path, or a list of sources under data")
+        for source in sources:
+            if source.weight <= 0:
+                raise ValueError(f"source {source.path}: weight {source.weight} is not positive; leave the source out")
+        image_token: str = processor.image_token  # pyright: ignore[reportAttributeAccessIssue]
+        if image_token != IMAGE_MARK:
+            raise ValueError(f"the processor's image token is {image_token!r}; only {IMAGE_MARK!r} is supported")
+        self.sources = list(sources)
+        self.processor, self.max_length, self.image_position = processor, max_length, image_position
+        self.template = resolve_template(template, processor)
+        self.limits, self.load_features, self.seed = limits, load_features, seed
+        self.rows = [Rows(source.path) for source in self.sources]
+        self.summaries = [summarize(rows) for rows in self.rows]
+        self._warn_about_rows()
+        tokens_per_image = count_image_tokens(processor, [(336, 336)])[0]
+        self._lengths = np.concatenate([modality_lengths(summary, tokens_per_image) for summary in self.summaries])
+        self._first_rows = np.cumsum([0, *(len(rows) for rows in self.rows)])  # of each source, in `_lengths`
+        self.set_epoch(0)
+        if not len(self):
+            raise ValueError("the mixture has no rows: the weights round every source to nothing")
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw the rows of an epoch; equal arguments give equal rows."""
+        drawn = []
+        for k, (source, rows) in enumerate(zip(self.sources, self.rows, strict=True)):
+            rng = np.random.default_rng([self.seed, epoch, k])
+            chosen = draw_rows(len(rows), source.weight, rng)
+            drawn.append(np.stack([np.full(len(chosen), k), chosen], axis=1))
+        self._index = np.concatenate(drawn)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Words plus image tokens of each row of this epoch (rows,) int64, negative for text-only rows."""
+        return self._lengths[self._first_rows[self._index[:, 0]] + self._index[:, 1]]
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __getitem__(self, i: int) -> dict[str, Any] | Problem:
+        """Return one example, or the `Problem` of a bad row.
+
+        Keys: ``input_ids``, ``labels`` (S,) int64; ``sample_id``; for rows with images ``pixel_values``
+        (images, C, H, W) float32 or ``vision_features`` (images, P, D).
+        """
+        try:
+            sample = self.load_sample(i)
+            vision, num_image_tokens = self._vision(sample)
+            example = self.tokenize(sample, num_image_tokens)
+        except BadSampleError as error:
+            return error.problem
+        return {"input_ids": example.input_ids, "labels": example.labels, "sample_id": sample.id, **vision}
+
+    def load_sample(self, i: int) -> Sample:
+        """Return row ``i`` of this epoch with its form checked and its images unopened.
+
+        Raises:
+            BadSampleError: As `parse_row`.
+        """
+        source, row = (int(number) for number in self._index[i])
+        return parse_row(self.rows[source][row], self.sources[source].path, row, self.sources[source].root)
+
+    def tokenize(self, sample: Sample, num_image_tokens: Sequence[int]) -> TokenizedExample:
+        """Return a sample's ids and labels.
+
+        Raises:
+            BadSampleError: If the template refuses its turns, or as `tokenize_conversation`.
+        """
+        tokenizer = self.processor.tokenizer
+        messages = images_to_front(sample.messages) if self.image_position == "front" else sample.messages
+        try:
+            rendered = render(messages, self.template, tokenizer.special_tokens_map)
+        except ValueError as error:
+            raise _bad(sample, str(error), "Correct the turns, or choose another template") from error
+        image_token_id: int = self.processor.image_token_id  # pyright: ignore[reportAttributeAccessIssue]
+        return tokenize_conversation(sample, rendered, tokenizer, image_token_id, num_image_tokens, self.max_length)
+
+    def iter_images(self) -> Iterator[Path | bytes]:
+        """Yield the images of every row of every source, in order and with repeats; rows of bad form are left out."""
+        for source, rows in zip(self.sources, self.rows, strict=True):
+            for row in range(len(rows)):
+                try:
+                    yield from parse_row(rows[row], source.path, row, source.root).images
+                except BadSampleError:
+                    continue  # reported when the row is read
+
+    def _vision(self, sample: Sample) -> tuple[dict[str, torch.Tensor], list[int]]:
+        """Return the sample's vision inputs and how many placeholders each of its images takes."""
+        if not sample.images:
+            return {}, []
+        if self.load_features is not None:
+            loaded = [self.load_features(image) for image in sample.images]
+            features = [feature for feature in loaded if feature is not None]
+            if len(features) == len(loaded):
+                return {"vision_features": torch.stack(features)}, [len(feature) for feature in features]
+        images = [open_sample_image(sample, k, self.limits) for k in range(len(sample.images))]
+        pixel_values = self.processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
+        return {"pixel_values": pixel_values}, count_image_tokens(
+            self.processor, [(im.height, im.width) for im in images]
+        )
+
+    def _warn_about_rows(self) -> None:
+        for source, summary in zip(self.sources, self.summaries, strict=True):
+            if summary.duplicate_ids:
+                id, count = next(iter(summary.duplicate_ids.items()))
+                extra = sum(summary.duplicate_ids.values()) - len(summary.duplicate_ids)
+                logger.warning(
+                    "%s: %d rows repeat the id of another row (%r occurs %d times)", source.path, extra, id, count
+                )
+            if summary.num_leading_answers:
+                logger.warning(
+                    "%s: %d rows begin with an assistant turn, which is dropped",
+                    source.path,
+                    summary.num_leading_answers,
+                )
+
+
+def build_dataset(
+    options: DataArguments, processor: ProcessorMixin, seed: int = 0, load_features: LoadFeatures | None = None
+) -> VlmDataset:
+    """Return the training set of a recipe, from ``data_path`` or from the sources under ``data``.
+
+    Raises:
+        ValueError: If neither or both are given, or as `VlmDataset`.
+    """
+    return _dataset(training_sources(options), options, processor, seed, load_features)
+
+
+def build_eval_dataset(
+    options: DataArguments, processor: ProcessorMixin, load_features: LoadFeatures | None = None
+) -> VlmDataset | None:
+    """Return the set for the evaluation loss, or None if the recipe names none; ``image_folder`` is its image root."""
+    if options.eval_data_path is None:
+        return None
+    source = Source(Path(options.eval_data_path), Path(options.image_folder) if options.image_folder else None)
+    return _dataset([source], options, processor, 0, load_features)
+
+
+def _dataset(
+    sources: list[Source],
+    options: DataArguments,
+    processor: ProcessorMixin,
+    seed: int,
+    load_features: LoadFeatures | None,
+) -> VlmDataset:
+    return VlmDataset(
+        sources,
+        processor,
+        options.template,
+        options.model_max_length,
+        options.image_position,
+        ImageLimits(options.max_image_pixels, options.min_image_side),
+        load_features,
+        seed,
+    )
+
+
+def open_sample_image(sample: Sample, k: int, limits: ImageLimits) -> Image.Image:
+    """Return image ``k`` of a sample as a PIL RGB image.
+
+    Raises:
+        BadSampleError: If it cannot be used; names the file.
+    """
+    image = sample.images[k]
+    try:
+        return open_image(image, limits)
+    except ValueError as error:
+        where = f"image {k} (bytes in the row)" if isinstance(image, bytes) else str(image)
+        raise _bad(sample, f"{where}: {error}", "Replace the image, or remove the row") from error
+
+
+def images_to_front(messages: Sequence[Message]) -> tuple[Message, ...]:
+    """Move the image marks of each turn to its beginning, each followed by a newline, as LLaVA-1.5 was trained."""
+
+    def moved(message: Message) -> Message:
+        count = message.content.count(IMAGE_MARK)
+        if not count:
+            return message
+        text = message.content.replace(IMAGE_MARK, "").strip()
+        return replace(message, content=(f"{IMAGE_MARK}\n" * count + text).strip())
+
+    return tuple(moved(message) for message in messages)
+
+
+def _bad(sample: Sample, problem: str, cure: str) -> BadSampleError:
+    return BadSampleError(Problem(sample.file, sample.row, sample.id, problem, cure))
