@@ -141,6 +141,9 @@ class VlmTrainingArguments(TrainingArguments):
     )
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints that are kept."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule (LLaVA: cosine)."})
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Not needed: every trainable parameter gets a gradient in every step."}
+    )
     dataloader_num_workers: int = field(default=2, metadata={"help": "Processes that load and tokenize."})
 
 

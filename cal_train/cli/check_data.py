@@ -8,13 +8,13 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
-from cal_train.cli.recipe import load_recipe
+from cal_train.cli.recipe import load_recipe, processor_options
 from cal_train.data.check import CheckReport, check_source
 from cal_train.data.dataset import VlmDataset, build_dataset, build_eval_dataset
 from cal_train.data.images import DEFAULT_LIMITS, ImageLimits
 from cal_train.data.records import Rows
 from cal_train.data.sources import RowSummary, Source, summarize
-from cal_train.train.run import load_processor
+from cal_train.data.processor import load_processor
 
 _MAX_LISTED = 200
 
@@ -44,8 +44,8 @@ def run(args: argparse.Namespace) -> int:
 
 def recipe_parts(path: str) -> list[Part]:
     """Return the sources of a recipe's training and evaluation data, to be tokenized by the recipe's own processor."""
-    recipe = load_recipe(path, [])
-    processor = load_processor(recipe)
+    recipe = load_recipe(path, will_train=False)
+    processor = load_processor(*processor_options(recipe))
     datasets = [build_dataset(recipe.data, processor), build_eval_dataset(recipe.data, processor)]
     return [
         (source, rows, summary, dataset.limits, dataset)

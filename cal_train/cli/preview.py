@@ -5,10 +5,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from cal_train.cli.recipe import load_recipe
+from cal_train.cli.recipe import load_recipe, processor_options
 from cal_train.data.dataset import build_dataset
 from cal_train.data.preview import preview_row, to_html, to_terminal
-from cal_train.train.run import load_processor
+from cal_train.data.processor import load_processor
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,8 +22,8 @@ def run(args: argparse.Namespace) -> int:
     """Show the rows; return 0."""
     if args.rows < 1:
         raise ValueError(f"--rows {args.rows}: give at least 1")
-    recipe = load_recipe(args.recipe, [])
-    dataset = build_dataset(recipe.data, load_processor(recipe))
+    recipe = load_recipe(args.recipe, will_train=False)
+    dataset = build_dataset(recipe.data, load_processor(*processor_options(recipe)))
     previews = [preview_row(dataset, i) for i in range(min(args.rows, len(dataset)))]
     if args.html:
         Path(args.html).write_text(to_html(previews), encoding="utf-8")

@@ -5,7 +5,7 @@ import difflib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from transformers import HfArgumentParser
@@ -25,16 +25,23 @@ ALIASES = {
 """LLaVA's names and names of older transformers -> ours."""
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+NEEDS_GPU = ("bf16", "fp16", "tf32", "deepspeed", "fsdp")
+"""Options that `TrainingArguments` refuses on a machine without a GPU."""
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = (), will_train: bool = True) -> Recipe:
     """Return the recipe of a YAML file with ``--key value`` overrides applied.
 
-    Data paths of the file are relative to the current directory. ``--cal`` alone turns CAL on.
+    Data paths of the file are relative to the current directory. ``--cal`` alone turns CAL on. With
+    ``will_train=False`` options that need a GPU are left out, so that a recipe for a cluster can be looked at anywhere.
 
     Raises:
         ValueError: If the file is not a mapping, a key is unknown (the nearest name is suggested), or a value does not
             fit its type.
     """
     values = read_yaml(path) | parse_overrides(overrides)
+    if not will_train:
+        values = {name: value for name, value in values.items() if name not in NEEDS_GPU} | {"use_cpu": True}
     return build_recipe(values, origin=str(path))
 
 
@@ -100,6 +107,11 @@ def build_recipe(values: dict[str, Any], origin: str) -> Recipe:
 
 def _refuse(origin: str, message: str) -> None:
     raise ValueError(f"{origin}: {message}")
+
+
+def processor_options(recipe: Recipe) -> tuple[str, str, Literal["pad", "square"] | None]:
+    """Return what `cal_train.data.processor.load_processor` needs of a recipe."""
+    return recipe.model.model_name_or_path, recipe.data.template, recipe.model.image_aspect_ratio
 
 
 def describe_options() -> str:

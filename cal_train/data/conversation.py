@@ -54,7 +54,9 @@ def load_template(name: str) -> str:
     """
     if name not in TURN_MARKS:
         raise ValueError(f"unknown template {name!r}: choose one of {', '.join(TURN_MARKS)}, or chat")
-    return files("cal_train.data").joinpath("templates", f"{name}.jinja").read_text(encoding="utf-8")
+    folder = files("cal_train.data") / "templates"
+    # a saved chat template is one text, so the macro that all of them share is put in front
+    return "".join(folder.joinpath(file).read_text(encoding="utf-8") for file in ("_text_of.jinja", f"{name}.jinja"))
 
 
 def missing_marks(name: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:

@@ -19,7 +19,10 @@ def vision_features(model: LlavaForConditionalGeneration, pixel_values: Tensor) 
         pixel_values: Images (I, C, H, W).
     """
     layer, strategy = model.config.vision_feature_layer, model.config.vision_feature_select_strategy
-    hidden_states = model.model.vision_tower(pixel_values, output_hidden_states=True, return_dict=True).hidden_states
+    # Activation checkpointing makes even a frozen tower's input require gradients: it must not record a graph.
+    is_trained = any(parameter.requires_grad for parameter in tower_parameters(model))
+    with torch.set_grad_enabled(torch.is_grad_enabled() and is_trained):
+        hidden_states = model.model.vision_tower(pixel_values, output_hidden_states=True).hidden_states
     layers = [layer] if isinstance(layer, int) else layer
     start = 1 if strategy == "default" else 0  # "default" drops the class token
     return torch.cat([hidden_states[index][:, start:] for index in layers], dim=-1)

@@ -8,7 +8,6 @@ index each; a shard counts only once its index is in place.
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -21,9 +20,7 @@ from transformers import PreTrainedModel, ProcessorMixin, TrainingArguments
 
 from cal_train.data.dataset import VlmDataset
 from cal_train.data.images import ImageLimits, open_image
-from cal_train.data.records import parse_row
 from cal_train.models.families import family_of
-from cal_train.types import BadSampleError
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +65,8 @@ class FeatureCache:
 
         Images that cannot be opened are left out here and reported where the row is read.
         """
-        missing = [image for image in unique_images(dataset) if image_key(image) not in self._index]
+        images = {image_key(image): image for image in dataset.iter_images()}
+        missing = [image for key, image in images.items() if key not in self._index]
         if missing:
             mine = missing[args.process_index :: args.world_size]
             logger.info("computing vision features of %d images into %s", len(missing), self.folder)
@@ -134,21 +132,6 @@ def image_key(image: Path | bytes) -> str:
         return hashlib.sha256(image).hexdigest()
     stat = image.stat()
     return f"{image}:{stat.st_size}:{stat.st_mtime_ns}"
-
-
-def unique_images(dataset: VlmDataset) -> Iterator[Path | bytes]:
-    """Yield each image of a data set once, in order of first use; rows that cannot be parsed are left to the run."""
-    seen = set()
-    for source, rows in zip(dataset.sources, dataset.rows, strict=True):
-        for row in range(len(rows)):
-            try:
-                sample = parse_row(rows[row], source.path, row, source.root)
-            except BadSampleError:
-                continue
-            for image in sample.images:
-                if (key := image_key(image)) not in seen:
-                    seen.add(key)
-                    yield image
 
 
 class _Pixels(Dataset):

@@ -12,7 +12,6 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
-    AutoProcessor,
     PreTrainedModel,
     ProcessorMixin,
     set_seed,
@@ -22,13 +21,13 @@ from transformers.utils import is_flash_attn_2_available
 from cal_train.cal.strategies import TokenWeighting, resolve_weighting
 from cal_train.conf import CalArguments, ModelArguments, Recipe, VlmTrainingArguments
 from cal_train.data.collate import Collator
-from cal_train.data.conversation import resolve_template
 from cal_train.data.dataset import VlmDataset, build_dataset, build_eval_dataset
-from cal_train.data.images import apply_aspect_ratio
+from cal_train.data.processor import load_processor
 from cal_train.data.sampling import ModalityLengthSampler, ShuffledSampler
 from cal_train.models.families import FAMILIES
 from cal_train.models.lora import add_lora
 from cal_train.models.parts import PartCount, freeze
+from cal_train.models.vocabulary import stop_token_ids
 from cal_train.train.checkpoint import resolve_resume
 from cal_train.train.features import FeatureCache
 from cal_train.train.provenance import environment
@@ -43,9 +42,13 @@ def train(recipe: Recipe) -> Path:
     resume = resolve_resume(recipe.training.resume_from_checkpoint, recipe.training.output_dir)
     weighting = weighting_of(recipe.cal)
     set_seed(recipe.training.seed)
+    recipe.training.dataloader_pin_memory &= (
+        torch.cuda.is_available()
+    )  # pinning warns where there is nothing to pin for
 
-    processor = load_processor(recipe)
+    processor = load_processor(recipe.model.model_name_or_path, recipe.data.template, recipe.model.image_aspect_ratio)
     model = load_model(recipe.model, recipe.training)
+    model.generation_config.eos_token_id = stop_token_ids(processor.tokenizer, processor.chat_template)
     trainable = wrap_lora(model, recipe.model)
     counts = freeze(trainable, recipe.model.stage, part_overrides(recipe.model))
     dataset = build_dataset(recipe.data, processor, data_seed(recipe.training))
@@ -91,18 +94,6 @@ def weighting_of(cal: CalArguments) -> TokenWeighting | None:
     return weighting if cal.cal or cal.loss_normalizer else None
 
 
-def load_processor(recipe: Recipe) -> ProcessorMixin:
-    """Return the processor with the recipe's chat template and aspect ratio, which are saved with every checkpoint.
-
-    Images go through the PIL backend: it resizes as the original code does, and equally on every machine.
-    """
-    processor = AutoProcessor.from_pretrained(recipe.model.model_name_or_path, backend="pil")
-    processor.chat_template = resolve_template(recipe.data.template, processor)
-    processor.tokenizer.padding_side = "right"
-    apply_aspect_ratio(processor, recipe.model.image_aspect_ratio)
-    return processor
-
-
 def load_model(model_args: ModelArguments, args: VlmTrainingArguments) -> PreTrainedModel:
     """Return the VLM in training precision.
 
@@ -117,6 +108,11 @@ def load_model(model_args: ModelArguments, args: VlmTrainingArguments) -> PreTra
             "with `cal-train compose`"
         )
     if model_args.mm_vision_select_layer is not None:
+        if model_args.lora_enable:
+            raise ValueError(
+                "mm_vision_select_layer cannot be changed in a LoRA run, whose adapter would not remember it: choose "
+                "the layer in `cal-train compose` or in stage 1"
+            )
         config.vision_feature_layer = model_args.mm_vision_select_layer
     dtype = model_args.dtype
     if dtype == "auto":

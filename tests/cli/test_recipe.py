@@ -84,7 +84,9 @@ def test_names_of_llava_and_of_older_transformers_are_understood(recipe_file):
 
 
 def test_several_sources_keep_their_roots_and_weights(recipe_file):
-    base = "model_name_or_path: m\noutput_dir: o\ndata:\n- {path: a.json, image_root: a, weight: 0.5}\n- {path: b.json}\n"
+    base = (
+        "model_name_or_path: m\noutput_dir: o\ndata:\n- {path: a.json, image_root: a, weight: 0.5}\n- {path: b.json}\n"
+    )
     assert load(recipe_file(base=base)).data.data == [
         {"path": "a.json", "image_root": "a", "weight": 0.5},
         {"path": "b.json"},

@@ -23,8 +23,20 @@ def score(tiny, *options):
     output = tiny / "scores.jsonl"
     code = main(
         [
-            "score", "--model", str(tiny / "vlm"), "--data", str(tiny / "data" / "data.json"), "--image_root",
-            str(tiny / "data" / "images"), "--output", str(output), "--cal_low", "0.01", "--cal_high", "0.1", *options,
+            "score",
+            "--model",
+            str(tiny / "vlm"),
+            "--data",
+            str(tiny / "data" / "data.json"),
+            "--image_root",
+            str(tiny / "data" / "images"),
+            "--output",
+            str(output),
+            "--cal_low",
+            "0.01",
+            "--cal_high",
+            "0.1",
+            *options,
         ]  # fmt: skip
     )
     assert code == 0

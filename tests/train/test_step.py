@@ -77,9 +77,9 @@ def oracle_deltas(oracle, batch):
 
 def losses(oracle, batch):
     pixels = batch["pixel_values"].double() if "pixel_values" in batch else None
-    logits = oracle(
-        input_ids=batch["input_ids"], pixel_values=pixels, attention_mask=batch["attention_mask"]
-    ).logits[:, :-1]
+    logits = oracle(input_ids=batch["input_ids"], pixel_values=pixels, attention_mask=batch["attention_mask"]).logits[
+        :, :-1
+    ]
     return F.cross_entropy(logits.transpose(1, 2), batch["labels"][:, 1:], reduction="none")
 
 

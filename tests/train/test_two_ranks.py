@@ -62,8 +62,6 @@ def test_zero_on_two_ranks_follows_one_process(tiny_run, tmp_path, stage):
     path = tmp_path / "zero.json"
     path.write_text(json.dumps(config))
     options = ("--cal", "--max_steps", "4", "--optim", "adamw_torch", "--learning_rate", "1e-3")
-    two = launch(
-        tiny_run.recipe, tmp_path / "two", *options, "--per_device_train_batch_size", "2", deepspeed=path
-    )
+    two = launch(tiny_run.recipe, tmp_path / "two", *options, "--per_device_train_batch_size", "2", deepspeed=path)
     one = tiny_run(*options, "--per_device_train_batch_size", "4")
     assert losses(two) == pytest.approx(losses(one), rel=1e-4)

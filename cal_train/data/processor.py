@@ -1,0 +1,30 @@
+"""The processor of a run: tokenizer, image processor and the chat template that trains."""
+
+from typing import Literal
+
+from transformers import AutoProcessor, ProcessorMixin
+
+from cal_train.data.conversation import resolve_template
+from cal_train.data.images import apply_aspect_ratio
+
+
+def load_processor(
+    folder: str, template: str = "chat", image_aspect_ratio: Literal["pad", "square"] | None = None
+) -> ProcessorMixin:
+    """Return a model folder's processor with the chat template and aspect ratio of a run, to be saved with its result.
+
+    Images go through the PIL backend: it resizes as the original code does, and equally on every machine.
+
+    Args:
+        folder: A model folder in Hugging Face layout.
+        template: A template's name, see `resolve_template`.
+        image_aspect_ratio: How images become square; None keeps what the folder says.
+
+    Raises:
+        ValueError: If the template does not fit the tokenizer, or the image processor cannot pad.
+    """
+    processor = AutoProcessor.from_pretrained(folder, backend="pil")
+    processor.chat_template = resolve_template(template, processor)
+    processor.tokenizer.padding_side = "right"
+    apply_aspect_ratio(processor, image_aspect_ratio)
+    return processor

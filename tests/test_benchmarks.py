@@ -1,0 +1,96 @@
+"""Every benchmark runs at toy size, and what it prints and writes is complete. No test asserts a time."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def run_small(name: str, out: Path) -> str:
+    """Run ``benchmarks/NAME.py --small`` as a user does; return what it prints."""
+    command = [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), "--small", "--rounds", "2", "--out", str(out)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=out, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def markdown_rows(path: Path) -> list[list[str]]:
+    """Return the cells of every table row below the headers."""
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+@pytest.mark.slow
+def test_cal_overhead_prints_every_ratio_and_step_and_writes_what_it_measured(tmp_path):
+    printed = run_small("cal_overhead", tmp_path)
+    for name in ("CAL / plain", "CAL / stock", "CAL / reference CAL", "CAL (mask) / plain", "reference CAL", "floor"):
+        assert name in printed, name
+    written = json.loads((tmp_path / "cal_overhead.json").read_text(encoding="utf-8"))
+    assert {"command", "date", "git_commit", "packages", "cpu", "load_at_start", "threads"} <= set(written["facts"])
+    [case] = written["data"]
+    assert {len(rounds) for rounds in case["seconds"].values()} == {2}
+    assert case["losses"]["plain"] == pytest.approx(case["losses"]["stock"], rel=1e-5)
+    assert case["losses"]["reference preset"] == pytest.approx(case["losses"]["reference CAL"], rel=1e-5)
+    assert all(peak > 0 for peak in case["peak_bytes"].values())
+    rows = markdown_rows(tmp_path / "cal_overhead.md")
+    assert [row[0] for row in rows if row[0].startswith("CAL / ")] == [
+        "CAL / plain",
+        "CAL / stock",
+        "CAL / reference CAL",
+    ]
+    assert {len(row) for row in rows} == {9, 6}
+
+
+@pytest.mark.slow
+def test_loss_memory_prints_every_method_and_writes_what_it_measured(tmp_path):
+    printed = run_small("loss_memory", tmp_path)
+    for name in ("all logits", "ours", "torch, its chunks", "torch, our chunks", "frozen head", "2^24"):
+        assert name in printed, name
+    written = json.loads((tmp_path / "loss_memory.json").read_text(encoding="utf-8"))
+    assert [case["is_learning"] for case in written["data"]["methods"]] == [True, False]
+    assert len(markdown_rows(tmp_path / "loss_memory.md")) == 2 * 2 + 2 * 4 + 5
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from bench import steps
+
+    return steps
+
+
+def test_counted_work_is_what_pytorch_counts(steps):
+    """The floor comes from `step_flops`; the oracle is PyTorch's own counter on the real steps."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def product_in_place(_, left, right, **kwargs):  # the counter does not know ``addmm_``
+        return 2 * left[0] * left[1] * right[1]
+
+    size = steps.Size(28, vocab_size=3000, hidden_size=128, intermediate_size=256, num_layers=3, num_heads=4)
+    case = steps.Case(size, steps.Shape(num_images=2, num_text=40, num_labels=16, num_rows=2))
+    batch = steps.make_batch(case)
+    for variant in ("plain", "CAL", "CAL (mask)", "stock", "reference CAL"):
+        trainer = steps.build_trainer(variant, case)
+        trainer.model.set_attn_implementation("eager")  # the counter does not see the CPU's fused attention
+        with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: product_in_place}) as counter:
+            steps.run_step(trainer, batch)
+        expected, counted = steps.step_flops(trainer.model.config.text_config, case)[variant], counter.get_total_flops()
+        print(variant, counted / expected)
+        # eager attention does not skip the half above the diagonal, and tower and projector are in the counter's sum
+        assert 1 <= counted / expected < 1.08, variant
+
+
+def test_the_reference_step_does_not_use_the_code_it_is_compared_with(steps):
+    tree = ast.parse((ROOT / "benchmarks" / "bench" / "steps.py").read_text(encoding="utf-8"))
+    bodies = [node for node in tree.body if getattr(node, "name", "") in ("ReferenceCalTrainer", "reference_loss")]
+    assert len(bodies) == 2
+    names = {node.id for body in bodies for node in ast.walk(body) if isinstance(node, ast.Name)}
+    assert not names & {"VlmTrainer", "STRATEGIES", "TokenWeighting", "attach_step"}
