@@ -84,6 +84,25 @@ def _matmul_dtype(hidden: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else hidden.dtype
 
 
+def _loss_and_gradient(
+    logits_CV: Tensor, target_C1: Tensor, weights_C1: Tensor, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """Return the weighted loss sum of a chunk and its gradient for the logits, which takes over their memory."""
+    logits_CV = _capped(logits_CV, softcap)
+    slope_CV = 1 - (logits_CV / softcap) ** 2 if softcap is not None else None
+    target_logit_C1 = logits_CV.gather(1, target_C1)
+    # softmax by hand and in place: `logsumexp` would hold a second chunk and take exp a second time
+    max_C1 = logits_CV.amax(-1, keepdim=True)
+    exp_CV = logits_CV.sub_(max_C1).exp_()
+    sum_C1 = exp_CV.sum(-1, keepdim=True)
+    loss = (weights_C1 * (max_C1 + sum_C1.log() - target_logit_C1)).sum()
+    grad_CV = exp_CV.mul_(weights_C1 / sum_C1)
+    grad_CV.scatter_add_(1, target_C1, -weights_C1)
+    if slope_CV is not None:
+        grad_CV *= slope_CV
+    return loss, grad_CV
+
+
 class _WeightedLinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_ND, weight_VD, bias_V, labels_N, token_weights_N, softcap, chunk_size):
@@ -100,24 +119,14 @@ class _WeightedLinearCrossEntropy(torch.autograd.Function):
             for start in range(0, len(hidden_ND), chunk_size):
                 rows = slice(start, start + chunk_size)
                 hidden_CD, labels_C = hidden_ND[rows].to(matmul_dtype), labels_N[rows]
-                weights_C = token_weights_N[rows].to(accumulate) * (labels_C != IGNORE_INDEX)
+                weights_C1 = (token_weights_N[rows].to(accumulate) * (labels_C != IGNORE_INDEX))[:, None]
                 target_C1 = labels_C.clamp_min(0)[:, None]
 
                 logits_CV = (hidden_CD @ head_VD.T).to(accumulate)
                 if bias_V is not None:
                     logits_CV += bias_V
-                logits_CV = _capped(logits_CV, softcap)
-                log_norm_C = logits_CV.logsumexp(-1)
-                total += (weights_C * (log_norm_C - logits_CV.gather(1, target_C1)[:, 0])).sum()
-
-                if not (needs_hidden or needs_weight or needs_bias):
-                    continue
-                slope_CV = 1 - (logits_CV / softcap) ** 2 if softcap is not None else None
-                grad_CV = logits_CV.sub_(log_norm_C[:, None]).exp_()  # softmax, in the logits' memory
-                grad_CV.scatter_add_(1, target_C1, grad_CV.new_full(target_C1.shape, -1.0))
-                grad_CV *= weights_C[:, None]
-                if slope_CV is not None:
-                    grad_CV *= slope_CV
+                loss, grad_CV = _loss_and_gradient(logits_CV, target_C1, weights_C1, softcap)
+                total += loss
                 if grad_bias_V is not None:
                     grad_bias_V += grad_CV.sum(0)
                 grad_CV = grad_CV.to(matmul_dtype)
@@ -128,6 +137,7 @@ class _WeightedLinearCrossEntropy(torch.autograd.Function):
                         grad_weight_VD.addmm_(grad_CV.T, hidden_CD)
                     else:
                         grad_weight_VD += grad_CV.T @ hidden_CD
+                del logits_CV, grad_CV  # else this chunk would still be held while the next one is made
         ctx.gradients = (grad_hidden_ND, grad_weight_VD, grad_bias_V)
         ctx.dtypes = (hidden_ND.dtype, weight_VD.dtype, None if bias_V is None else bias_V.dtype)
         return total
