@@ -12,9 +12,9 @@ from cal_train.cli.recipe import load_recipe, processor_options
 from cal_train.data.check import CheckReport, check_source
 from cal_train.data.dataset import VlmDataset, build_dataset, build_eval_dataset
 from cal_train.data.images import DEFAULT_LIMITS, ImageLimits
+from cal_train.data.processor import load_processor
 from cal_train.data.records import Rows
 from cal_train.data.sources import RowSummary, Source, summarize
-from cal_train.data.processor import load_processor
 
 _MAX_LISTED = 200
 

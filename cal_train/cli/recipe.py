@@ -5,7 +5,7 @@ import difflib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import yaml
 from transformers import HfArgumentParser
@@ -98,14 +98,15 @@ def build_recipe(values: dict[str, Any], origin: str) -> Recipe:
             continue
         text = json.dumps(value) if isinstance(value, dict) else value
         command_line += [f"--{name}", *map(str, text if isinstance(text, list) else [text])]
-    parser = HfArgumentParser(GROUPS, allow_abbrev=False)
+    groups: Any = GROUPS  # the parser's annotation is a NewType that no class belongs to
+    parser = HfArgumentParser(groups, allow_abbrev=False)
     parser.error = lambda message: _refuse(origin, message)
     model, data, cal, training = parser.parse_args_into_dataclasses(args=command_line, look_for_args_file=False)
     data.data = sources  # a list of mappings, which the parser has no type for; checked where the files are opened
     return Recipe(model, data, cal, training)
 
 
-def _refuse(origin: str, message: str) -> None:
+def _refuse(origin: str, message: str) -> NoReturn:
     raise ValueError(f"{origin}: {message}")
 
 

@@ -10,7 +10,10 @@ from torch.utils.data import Sampler
 class EpochDataset(Protocol):
     """What the samplers need of a data set: lengths of the epoch that was set last, negative for text-only rows."""
 
-    lengths: np.ndarray
+    @property
+    def lengths(self) -> np.ndarray:
+        """Return the length of each row, (rows,) int."""
+        ...
 
     def __len__(self) -> int: ...
 

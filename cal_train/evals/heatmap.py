@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
@@ -57,7 +58,7 @@ def _draw_tokens(axis, sample: ScoredSample, colours: ScalarMappable) -> None:
         text = token.replace("\n", "\\n")
         if column + len(text) > CHARS_PER_LINE:
             column, line = 0, line + 1.3
-        red, green, blue, _ = colours.to_rgba(delta)
+        red, green, blue, _ = colours.to_rgba(np.asarray(delta))
         is_dark = 0.3 * red + 0.6 * green + 0.1 * blue < 0.5
         axis.text(
             column, line, text.replace("$", r"\$"), family="monospace", fontsize=9, va="center",

@@ -4,9 +4,10 @@ import json
 import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
@@ -59,7 +60,8 @@ def score_file(
     if weighting.ablation is None:
         raise ValueError("this strategy takes no image away, so there is nothing to score: use cal or cal_reference")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = AutoModelForImageTextToText.from_pretrained(model_folder, dtype=torch.float32).to(device).eval()
+    model = AutoModelForImageTextToText.from_pretrained(model_folder, dtype=torch.float32).eval()
+    cast(nn.Module, model).to(device)  # transformers' own `to` is annotated without its arguments
     processor = AutoProcessor.from_pretrained(model_folder, backend="pil")
     source = Source(Path(data), Path(image_root) if image_root else None)
     dataset = VlmDataset([source], processor, "chat", max_length)

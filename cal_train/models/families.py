@@ -1,6 +1,7 @@
 """The families that can be trained: a module of functions each, by ``model_type`` of the configuration."""
 
 from types import ModuleType
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -24,4 +25,5 @@ def family_of(model: PreTrainedModel) -> ModuleType:
 
 def base_model(model: nn.Module) -> PreTrainedModel:
     """Return the VLM itself, from behind a peft wrapper if there is one."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    wrapped: Any = model
+    return wrapped.get_base_model() if hasattr(wrapped, "get_base_model") else wrapped

@@ -7,6 +7,7 @@ its forward, ``lm_head(hidden, inside=function)``.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +54,24 @@ def open_head(model: PreTrainedModel) -> None:
     ``function(hidden, weight, bias)`` runs inside the head's forward, where the weight is whole under every engine.
 
     Raises:
-        ValueError: If the output head is not a linear layer (a quantised or replaced head).
+        ValueError: As `output_head`.
+    """
+    lm_head = output_head(model)
+    if "forward" in vars(lm_head):
+        return
+    plain_forward = lm_head.forward
+
+    def forward(input: Tensor, inside: Inside | None = None) -> Any:
+        return plain_forward(input) if inside is None else inside(input, lm_head.weight, lm_head.bias)
+
+    lm_head.forward = forward
+
+
+def output_head(model: PreTrainedModel) -> nn.Linear:
+    """Return the model's ``lm_head``.
+
+    Raises:
+        ValueError: If it is not a plain linear layer (a quantised or replaced head).
     """
     lm_head = model.get_output_embeddings()
     if not isinstance(lm_head, nn.Linear) or type(lm_head).forward is not nn.Linear.forward:
@@ -61,14 +79,7 @@ def open_head(model: PreTrainedModel) -> None:
             f"the output head of {type(model).__name__} is a {type(lm_head).__name__}, not a plain nn.Linear: its loss "
             "cannot be computed in chunks. Load the model without a quantised or adapted lm_head"
         )
-    if "forward" in vars(lm_head):
-        return
-    plain_forward = lm_head.forward
-
-    def forward(hidden: Tensor, inside: Inside | None = None) -> object:
-        return plain_forward(hidden) if inside is None else inside(hidden, lm_head.weight, lm_head.bias)
-
-    lm_head.forward = forward
+    return lm_head
 
 
 @torch.no_grad()
@@ -80,7 +91,7 @@ def find_head(model: PreTrainedModel) -> Head:
     out of the model is compared with each known form.
 
     Raises:
-        ValueError: If no known form agrees.
+        ValueError: If no known form agrees, or as `output_head`.
     """
     text_config = model.config.get_text_config()
     softcap = getattr(text_config, "final_logit_softcapping", None)
@@ -89,7 +100,7 @@ def find_head(model: PreTrainedModel) -> Head:
         scale = 1.0 / text_config.logits_scaling
     candidates = [Head(softcap=cap, scale=factor) for cap in {None, softcap} for factor in {1.0, scale or 1.0}]
 
-    known_V = torch.linspace(-50.0, 50.0, model.get_output_embeddings().out_features, device=model.device)
+    known_V = torch.linspace(-50.0, 50.0, output_head(model).out_features, device=model.device)
     logits_V = _logits_for(model, known_V)
     known_V, logits_V = known_V.to(logits_V.dtype).double(), logits_V.double()
     tolerance = 1e-4 if model.dtype == torch.float32 else 0.5
@@ -109,10 +120,12 @@ def _logits_for(model: PreTrainedModel, head_output_V: Tensor) -> Tensor:
 
     No parameter is touched, so that it works before an engine has gathered anything.
     """
-    body, lm_head = getattr(model, model.base_model_prefix), model.get_output_embeddings()
+    body, lm_head = getattr(model, model.base_model_prefix), output_head(model)
     hidden = torch.zeros(1, 1, lm_head.in_features, dtype=model.dtype, device=model.device)
-    stand_ins = {body: lambda *args, **kwargs: _Blank(last_hidden_state=hidden)}
-    stand_ins[lm_head] = lambda hidden: head_output_V.to(hidden.dtype).expand(*hidden.shape[:-1], -1)
+    stand_ins: dict[nn.Module, Callable[..., Any]] = {
+        body: lambda *args, **kwargs: _Blank(last_hidden_state=hidden),
+        lm_head: lambda hidden: head_output_V.to(hidden.dtype).expand(*hidden.shape[:-1], -1),
+    }
     kept = {module: vars(module).get("forward") for module in stand_ins}
     for module, stand_in in stand_ins.items():
         module.forward = stand_in

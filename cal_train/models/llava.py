@@ -5,6 +5,7 @@ Source: Liu et al. 2023, arXiv:2310.03744; class layout of transformers 5.
 
 from collections.abc import Iterator
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +41,7 @@ def language_model(model: LlavaForConditionalGeneration) -> nn.Module:
 
 def blank_pixels(model: LlavaForConditionalGeneration) -> Tensor:
     """Return one black image (1, C, H, W), for steps without images in which every part must still take part."""
-    config = model.config.vision_config
+    config: Any = model.config.vision_config
     return torch.zeros(1, getattr(config, "num_channels", 3), config.image_size, config.image_size, device=model.device)
 
 

@@ -9,11 +9,12 @@ import hashlib
 import json
 import logging
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import PreTrainedModel, ProcessorMixin, TrainingArguments
@@ -78,7 +79,7 @@ class FeatureCache:
     def _compute(self, images: list[Path | bytes], limits: ImageLimits, args: TrainingArguments) -> None:
         device = args.device
         tower_was_training = self.model.training
-        self.model.eval().to(device)
+        cast(nn.Module, self.model.eval()).to(device)  # transformers' own `to` is annotated without its arguments
         loader = DataLoader(
             _Pixels(images, self.processor, limits), batch_size=16, num_workers=args.dataloader_num_workers,
             collate_fn=_stack_readable,

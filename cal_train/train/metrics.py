@@ -22,10 +22,11 @@ class Stopwatch:
         self._start = self._now()
 
     def __exit__(self, *_: object) -> None:
-        if isinstance(self._start, torch.cuda.Event):
-            self._events.append((self._start, self._now()))
-        else:
-            self._seconds += time.perf_counter() - self._start
+        start, end = self._start, self._now()
+        if isinstance(start, float) and isinstance(end, float):
+            self._seconds += end - start
+        elif isinstance(start, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
+            self._events.append((start, end))
 
     def _now(self) -> float | torch.cuda.Event:
         if self.device.type != "cuda":

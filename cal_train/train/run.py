@@ -5,6 +5,7 @@ import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 import yaml
@@ -16,7 +17,7 @@ from transformers import (
     ProcessorMixin,
     set_seed,
 )
-from transformers.utils import is_flash_attn_2_available
+from transformers.utils.import_utils import is_flash_attn_2_available
 
 from cal_train.cal.strategies import TokenWeighting, resolve_weighting
 from cal_train.conf import CalArguments, ModelArguments, Recipe, VlmTrainingArguments
@@ -24,9 +25,10 @@ from cal_train.data.collate import Collator
 from cal_train.data.dataset import VlmDataset, build_dataset, build_eval_dataset
 from cal_train.data.processor import load_processor
 from cal_train.data.sampling import ModalityLengthSampler, ShuffledSampler
+from cal_train.data.sources import training_sources
 from cal_train.models.families import FAMILIES
 from cal_train.models.lora import add_lora
-from cal_train.models.parts import PartCount, freeze
+from cal_train.models.parts import Part, PartCount, freeze
 from cal_train.models.vocabulary import stop_token_ids
 from cal_train.train.checkpoint import resolve_resume
 from cal_train.train.features import FeatureCache
@@ -39,16 +41,15 @@ logger = logging.getLogger(__name__)
 def train(recipe: Recipe) -> Path:
     """Run a recipe and return the folder with the trained model, in plain Hugging Face layout."""
     set_up_logging(recipe.training)
-    resume = resolve_resume(recipe.training.resume_from_checkpoint, recipe.training.output_dir)
+    resume = resolve_resume(recipe.training.resume_from_checkpoint, output_folder(recipe.training))
     weighting = weighting_of(recipe.cal)
     set_seed(recipe.training.seed)
-    recipe.training.dataloader_pin_memory &= (
-        torch.cuda.is_available()
-    )  # pinning warns where there is nothing to pin for
+    if not torch.cuda.is_available():
+        recipe.training.dataloader_pin_memory = False  # it warns where there is nothing to pin for
 
     processor = load_processor(recipe.model.model_name_or_path, recipe.data.template, recipe.model.image_aspect_ratio)
     model = load_model(recipe.model, recipe.training)
-    model.generation_config.eos_token_id = stop_token_ids(processor.tokenizer, processor.chat_template)
+    model.generation_config.eos_token_id = stop_token_ids(processor.tokenizer, cast(str, processor.chat_template))
     trainable = wrap_lora(model, recipe.model)
     counts = freeze(trainable, recipe.model.stage, part_overrides(recipe.model))
     dataset = build_dataset(recipe.data, processor, data_seed(recipe.training))
@@ -75,7 +76,12 @@ def train(recipe: Recipe) -> Path:
     trainer.save_model()
     trainer.save_state()
     report_end(trainer, recipe)
-    return Path(recipe.training.output_dir)
+    return output_folder(recipe.training)
+
+
+def output_folder(args: VlmTrainingArguments) -> Path:
+    """Return the run folder, which every recipe names."""
+    return Path(cast(str, args.output_dir))
 
 
 def set_up_logging(args: VlmTrainingArguments) -> None:
@@ -125,7 +131,7 @@ def load_model(model_args: ModelArguments, args: VlmTrainingArguments) -> PreTra
     )
 
 
-def part_overrides(model_args: ModelArguments) -> dict[str, bool | None]:
+def part_overrides(model_args: ModelArguments) -> dict[Part, bool | None]:
     """Return the recipe's choice per part; None leaves it to the stage."""
     return {
         "projector": model_args.tune_projector,
@@ -179,7 +185,7 @@ def write_provenance(recipe: Recipe, weighting: TokenWeighting | None) -> None:
     args = recipe.training
     if not args.should_save:
         return
-    folder = Path(args.output_dir)
+    folder = output_folder(args)
     folder.mkdir(parents=True, exist_ok=True)
     resolved = {
         **dataclasses.asdict(recipe.model),
@@ -211,7 +217,7 @@ def announce(recipe: Recipe, weighting: TokenWeighting | None, dataset: VlmDatas
 
 def report_end(trainer: VlmTrainer, recipe: Recipe) -> None:
     """Log where the result is, what was dropped, and the command to run next."""
-    folder = recipe.training.output_dir
+    folder = output_folder(recipe.training)
     if trainer.dropped.count:
         logger.warning("%d bad rows were dropped on rank %d:", trainer.dropped.count, recipe.training.process_index)
         for problem in trainer.dropped.problems[:10]:
@@ -221,5 +227,5 @@ def report_end(trainer: VlmTrainer, recipe: Recipe) -> None:
     elif recipe.model.stage == "pretrain":
         logger.info("saved. Next: cal-train train FINETUNE.yaml --model_name_or_path %s", folder)
     else:
-        source = recipe.data.data_path or recipe.data.data[0]["path"]
+        source = training_sources(recipe.data)[0].path
         logger.info("saved. Next: cal-train score --model %s --data %s --output scores.jsonl", folder, source)

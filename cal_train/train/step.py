@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from cal_train.cal.ablation import mask_images, remove_images
 from cal_train.cal.strategies import TokenWeighting, normalize, token_weights
 from cal_train.models.families import family_of
-from cal_train.models.head import Head, open_head
+from cal_train.models.head import Head, open_head, output_head
 from cal_train.train.metrics import Stopwatch
 from cal_train.types import IGNORE_INDEX
 
@@ -77,30 +77,33 @@ def run_step(model: PreTrainedModel, batch: Batch, options: StepOptions) -> dict
     mask_BS = batch["attention_mask"]
 
     weighting = options.weighting
-    needs_contrast = weighting is not None and weighting.ablation is not None
-    if needs_contrast:
-        scored = labels if weighting.scope == "labels" else every_position(batch["labels"])
+    contrasting = weighting if weighting is not None and weighting.ablation is not None else None
+    if contrasting is not None:
+        scored = labels if contrasting.scope == "labels" else every_position(batch["labels"])
         with options.ablated_clock or contextlib.nullcontext():
-            without_N, is_ablated_N = logits_without_image(model, embeds_BSD, mask_BS, image_mask_BS, scored, options)
+            without_N, is_ablated_N = logits_without_image(
+                model, embeds_BSD, mask_BS, image_mask_BS, scored, contrasting, options
+            )
 
     hidden_BSD = decode(model, embeds_BSD, mask_BS)
     score_hidden_BSD = hidden_BSD.detach()
-    if needs_contrast and has_dropout(model):
+    if contrasting is not None and has_dropout(model):
         with torch.no_grad(), dropout_off(model):
             score_hidden_BSD = decode(model, embeds_BSD.detach(), mask_BS)
 
     def weigh_and_lose(label_hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> dict[str, Tensor]:
         weight_N, report = torch.ones(len(labels.ids), device=label_hidden_ND.device), {}
-        if needs_contrast:
+        if contrasting is not None:
             score_hidden_ND = score_hidden_BSD[scored.rows, scored.positions - 1]
             with_N = options.head.target_logits(score_hidden_ND, weight_VD, bias_V, scored.ids)
-            report = contrast(weighting, batch["labels"], scored, with_N, torch.where(is_ablated_N, without_N, with_N))
+            no_image_N = torch.where(is_ablated_N, without_N, with_N)
+            report = contrast(contrasting, batch["labels"], scored, with_N, no_image_N)
             weight_N = report["weight"]
         scale_N = weight_N if weighting is None else normalize(weighting, weight_N, labels.rows, len(mask_BS))
         loss_sum = options.head.loss_sum(label_hidden_ND, weight_VD, bias_V, labels.ids, scale_N)
         return {"loss_sum": loss_sum, "weight_sum": scale_N.sum(), **report}
 
-    return model.get_output_embeddings()(hidden_BSD[labels.rows, labels.positions - 1], inside=weigh_and_lose)
+    return output_head(model)(hidden_BSD[labels.rows, labels.positions - 1], inside=weigh_and_lose)
 
 
 @torch.no_grad()
@@ -187,6 +190,7 @@ def logits_without_image(
     attention_mask_BS: Tensor,
     image_mask_BS: Tensor,
     scored: Targets,
+    weighting: TokenWeighting,
     options: StepOptions,
 ) -> tuple[Tensor, Tensor]:
     """Return each target's logit when the image is taken away, and whether there was anything to take away.
@@ -205,7 +209,7 @@ def logits_without_image(
         rows_R = rows_R.new_zeros(1)  # every rank runs the same modules, so any row will do
     embeds_RSD, mask_RS, images_RS = embeds_BSD[rows_R], attention_mask_BS[rows_R], image_mask_BS[rows_R]
     with dropout_off(model):
-        if options.weighting.ablation == "remove":
+        if weighting.ablation == "remove":
             text = remove_images(embeds_RSD, mask_RS, images_RS)
             hidden_RKD = decode(model, text.inputs_embeds, text.attention_mask, text.position_ids)
             source_RS = text.last_kept
@@ -216,7 +220,7 @@ def logits_without_image(
     index_of_row_B[rows_R] = torch.arange(len(rows_R), device=rows_R.device)
     row_N = index_of_row_B[scored.rows]
     source_N = source_RS[row_N, scored.positions - 1]
-    logits_N = model.get_output_embeddings()(
+    logits_N = output_head(model)(
         hidden_RKD[row_N, source_N.clamp_min(0)],
         inside=lambda hidden, weight, bias: options.head.target_logits(hidden, weight, bias, scored.ids),
     )

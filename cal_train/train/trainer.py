@@ -1,8 +1,8 @@
 """`VlmTrainer`: a Hugging Face Trainer whose loss is the CAL step of `cal_train.train.step`."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence, Sized
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,14 @@ from cal_train.train.checkpoint import load_weights_strictly
 from cal_train.train.metrics import WEIGHT_SUMS, Stopwatch, weight_report, weight_sums
 from cal_train.train.step import StepOptions, attach_step
 from cal_train.types import IGNORE_INDEX, DropCount, Problem
+
+
+class HasEpoch(Protocol):
+    """What is told the number of each epoch: the sampler, and the training set if it draws rows anew."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order or the rows of an epoch."""
+        ...
 
 
 class VlmTrainer(Trainer):
@@ -39,6 +47,8 @@ class VlmTrainer(Trainer):
     """
 
     loss_is_scaled_for_ga: bool | None = True
+    model: nn.Module  # never None here, unlike in the Trainer, which may get a function that makes the model
+    model_wrapped: nn.Module
 
     def __init__(
         self,
@@ -122,13 +132,13 @@ class VlmTrainer(Trainer):
         if not batches:
             return batches, None
         num_labels = torch.stack([count_labels(batch["labels"]) for batch in batches]).sum().to(device)
-        return batches, self.accelerator.reduce(num_labels, "sum")
+        return batches, self._sum_over_ranks(num_labels)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Build the optimizer with one parameter group per part and decay."""
         if self.optimizer is None:
             model = self.model if model is None else model
-            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, cast(PreTrainedModel, model))
             groups = parameter_groups(
                 model,
                 learning_rate=self.args.learning_rate,
@@ -157,7 +167,7 @@ class VlmTrainer(Trainer):
         It is the same number with CAL on or off, so that runs compare. Ranks that run out of rows go on with empty
         batches: sharded parameters need every rank.
         """
-        dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
+        dataset = cast(Dataset, eval_dataset if eval_dataset is not None else self.eval_dataset)
         model = self.model_wrapped
         model.eval()
         options = StepOptions(
@@ -170,7 +180,7 @@ class VlmTrainer(Trainer):
             inputs = self._prepare_inputs(batch)
             loss_sum = model(step=options, **inputs)["loss_sum"]
             sums += torch.stack([loss_sum, count_labels(inputs["labels"]).to(loss_sum)])
-        loss_sum, num_labels = self.accelerator.reduce(sums, "sum").tolist()
+        loss_sum, num_labels = self._sum_over_ranks(sums).tolist()
         metrics = {f"{metric_key_prefix}_loss": loss_sum / max(num_labels, 1.0)}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -178,8 +188,9 @@ class VlmTrainer(Trainer):
 
     def _eval_batches(self, dataset: Dataset) -> DataLoader:
         size, world, rank = self.args.eval_batch_size, self.args.world_size, self.args.process_index
-        num_batches = -(-len(dataset) // (size * world))
-        mine = list(range(rank, len(dataset), world))
+        num_rows = len(cast(Sized, dataset))
+        num_batches = -(-num_rows // (size * world))
+        mine = list(range(rank, num_rows, world))
         batches = [mine[i * size : (i + 1) * size] for i in range(num_batches)]
         return DataLoader(
             dataset,
@@ -199,10 +210,18 @@ class VlmTrainer(Trainer):
         else:
             load_weights_strictly(self.model, resume_from_checkpoint)
 
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        # An adapter folder would lack what the template's answers end with; `merge` takes it from there.
+        if self.args.should_save and not isinstance(self.model, PreTrainedModel):
+            base_model(self.model).generation_config.save_pretrained(output_dir or cast(str, self.args.output_dir))
+
     def _is_sharded(self) -> bool:
-        if self.is_deepspeed_enabled:
-            return self.accelerator.state.deepspeed_plugin.zero_stage == 3
-        return self.is_fsdp_enabled
+        deepspeed = self.accelerator.state.deepspeed_plugin
+        return self.is_fsdp_enabled if deepspeed is None else deepspeed.zero_stage == 3
+
+    def _sum_over_ranks(self, tensor: Tensor) -> Tensor:
+        return cast(Tensor, self.accelerator.reduce(tensor, "sum"))
 
     def _check_finite(self, loss: Tensor, sample_ids: list[str] | None) -> None:
         if not torch.isfinite(loss):
@@ -219,12 +238,13 @@ class VlmTrainer(Trainer):
             if self.dropped.count > self.max_bad_samples:
                 raise ValueError(
                     f"{problem}\n{self.dropped.count} bad rows, max_bad_samples is {self.max_bad_samples}. Run "
-                    "`cal-train check_data` on the recipe to see all of them; a larger max_bad_samples drops and counts them"
+                    "`cal-train check_data` on the recipe to see all of them; a larger max_bad_samples drops and "
+                    "counts them"
                 )
 
     def _measure(self, inputs: dict[str, Any], outputs: dict[str, Tensor]) -> None:
         self._num_tokens += inputs["attention_mask"].sum()
-        if "delta" in outputs:
+        if self.weighting is not None and "delta" in outputs:
             self._weight_sums += weight_sums(self.weighting, outputs["delta"], outputs["weight"])
 
     def _reset_window(self) -> None:
@@ -238,14 +258,14 @@ class VlmTrainer(Trainer):
         seconds = time.perf_counter() - self._window_started
         num_steps = max(self.state.global_step - self._window_first_step, 1)
         own = torch.tensor([float(self._num_tokens), self.dropped.count], device=self.args.device)
-        num_tokens, num_dropped = self.accelerator.reduce(own, "sum").tolist()
+        num_tokens, num_dropped = self._sum_over_ranks(own).tolist()
         report = {
             "tokens_per_second": num_tokens / seconds,
             "data_wait_share": self._data_wait_seconds / seconds,
             "dropped_rows": num_dropped,
         }
         if self.weighting is not None and self.weighting.ablation is not None:
-            report |= weight_report(self.accelerator.reduce(self._weight_sums, "sum"), num_steps)
+            report |= weight_report(self._sum_over_ranks(self._weight_sums), num_steps)
             report["cal/overhead"] = self.ablated_clock.read_and_reset() / seconds
         self._reset_window()
         return report
@@ -269,4 +289,4 @@ class _SetEpoch(TrainerCallback):
         epoch = int(state.epoch + 1e-6)
         for target in (self.trainer.train_sampler, self.trainer.train_dataset):
             if target is not None:
-                target.set_epoch(epoch)
+                cast(HasEpoch, target).set_epoch(epoch)

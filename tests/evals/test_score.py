@@ -21,25 +21,11 @@ def tiny(tmp_path_factory):
 
 def score(tiny, *options):
     output = tiny / "scores.jsonl"
-    code = main(
-        [
-            "score",
-            "--model",
-            str(tiny / "vlm"),
-            "--data",
-            str(tiny / "data" / "data.json"),
-            "--image_root",
-            str(tiny / "data" / "images"),
-            "--output",
-            str(output),
-            "--cal_low",
-            "0.01",
-            "--cal_high",
-            "0.1",
-            *options,
-        ]  # fmt: skip
-    )
-    assert code == 0
+    arguments = [
+        "score", "--model", str(tiny / "vlm"), "--data", str(tiny / "data" / "data.json"), "--image_root",
+        str(tiny / "data" / "images"), "--output", str(output), "--cal_low", "0.01", "--cal_high", "0.1",
+    ]  # fmt: skip
+    assert main([*arguments, *options]) == 0
     return [json.loads(line) for line in output.read_text().splitlines()]
 
 

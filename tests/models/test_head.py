@@ -3,8 +3,14 @@ import copy
 import pytest
 import torch
 from torch import nn
-from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM, GraniteConfig
-from transformers import GraniteForCausalLM
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+)
 
 from cal_train.models.head import Head, find_head, open_head
 from cal_train.testing import tiny_llava, tiny_tokenizer
@@ -74,5 +80,5 @@ def test_an_unknown_treatment_of_logits_is_refused():
 def test_a_head_that_is_not_a_plain_linear_layer_is_refused():
     model = copy.deepcopy(tiny_llava(tiny_tokenizer()))
     model.lm_head = nn.Sequential(model.lm_head)
-    with pytest.raises(ValueError, match="Sequential, not a plain nn.Linear"):
+    with pytest.raises(ValueError, match=r"Sequential, not a plain nn\.Linear"):
         open_head(model)

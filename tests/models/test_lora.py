@@ -1,6 +1,3 @@
-import subprocess
-import sys
-
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
@@ -141,23 +138,8 @@ def test_wrong_folders_are_refused(base, tmp_path):
         merge(adapter, base)
 
 
-FRESH_PROCESS = """
-import sys, torch
-from transformers import AutoModelForImageTextToText, AutoProcessor
-AutoProcessor.from_pretrained(sys.argv[1])
-model = AutoModelForImageTextToText.from_pretrained(sys.argv[1]).eval()
-with torch.no_grad():
-    torch.save(model(**torch.load(sys.argv[2], weights_only=True)).logits, sys.argv[3])
-assert "peft" not in sys.modules and "cal_train" not in sys.modules
-"""
-
-
 @pytest.mark.slow
-def test_a_fresh_process_needs_neither_peft_nor_this_package(base, tmp_path):
+def test_a_fresh_process_needs_neither_peft_nor_this_package(base, tmp_path, fresh_logits):
     adapter, expected = write_adapter(base, tmp_path / "adapter")
-    merged = merge(adapter, tmp_path / "merged")
-    torch.save(batch(tiny_llava()), tmp_path / "batch.pt")
-    files = [str(tmp_path / name) for name in ("batch.pt", "logits.pt")]
-    subprocess.run([sys.executable, "-c", FRESH_PROCESS, str(merged), *files], check=True, cwd=tmp_path)
-    logits = torch.load(tmp_path / "logits.pt", weights_only=True)
+    logits = fresh_logits(merge(adapter, tmp_path / "merged"), batch(tiny_llava()))
     assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()

@@ -53,6 +53,22 @@ cal_high: 1
     return run
 
 
+@pytest.fixture
+def trained_models(monkeypatch):
+    """The models of the runs of this test, as they are in memory when they are saved."""
+    from cal_train.train.trainer import VlmTrainer
+
+    models = []
+
+    class Recorded(VlmTrainer):
+        def save_model(self, *args, **kwargs):
+            models.append(self.model)
+            super().save_model(*args, **kwargs)
+
+    monkeypatch.setattr("cal_train.train.run.VlmTrainer", Recorded)
+    return models
+
+
 @pytest.fixture(scope="session")
 def weights_of():
     return lambda folder: load_file(folder / "model.safetensors")
