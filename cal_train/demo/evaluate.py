@@ -22,6 +22,7 @@ from cal_train.data.collate import Collator
 from cal_train.data.dataset import VlmDataset
 from cal_train.data.sources import Source
 from cal_train.models.head import find_head
+from cal_train.train.features import FeatureCache
 from cal_train.train.step import StepOptions, decode, embed, label_tokens
 
 
@@ -42,19 +43,24 @@ class Answers:
 
 
 @torch.no_grad()
-def answer_split(model_folder: Path, data: Path, batch_size: int = 64) -> Answers:
+def answer_split(model_folder: Path, data: Path, features: Path | None = None, batch_size: int = 64) -> Answers:
     """Let a saved model answer the single-question rows of a split.
 
     Args:
         model_folder: A trained model in Hugging Face layout; its own chat template is used.
         data: A test split of `cal_train.demo.splits`, its truth beside it.
+        features: Folder of a feature cache; several questions share a picture.
         batch_size: Questions per forward pass.
     """
-    model = AutoModelForImageTextToText.from_pretrained(model_folder, dtype=torch.float32).eval()
+    model = AutoModelForImageTextToText.from_pretrained(model_folder, dtype=torch.float32).eval().requires_grad_(False)
     processor = AutoProcessor.from_pretrained(model_folder, backend="pil")
     truth = json.loads(data.with_suffix(".truth.json").read_text(encoding="utf-8"))
     texts = {row["id"]: row["conversations"][-1]["value"] for row in json.loads(data.read_text(encoding="utf-8"))}
     dataset = VlmDataset([Source(data, None)], processor, "chat", processor.tokenizer.model_max_length)
+    if features is not None:
+        cache = FeatureCache(features, model, processor)
+        cache.fill(dataset, model.device)
+        dataset.load_features = cache
     collator = Collator(processor.tokenizer.pad_token_id)
     columns: dict[str, list] = {name: [] for name in Answers.__dataclass_fields__}
     for batch in tqdm(DataLoader(dataset, batch_size, collate_fn=collator), desc=f"{model_folder.name}: {data.stem}"):

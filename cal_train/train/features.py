@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
-from transformers import PreTrainedModel, ProcessorMixin, TrainingArguments
+from transformers import PreTrainedModel, ProcessorMixin
 
 from cal_train.data.dataset import VlmDataset
 from cal_train.data.images import ImageLimits, open_image
@@ -61,7 +61,15 @@ class FeatureCache:
         return self.__dict__ | {"model": None, "_open_shards": {}}
 
     @torch.no_grad()
-    def fill(self, dataset: VlmDataset, args: TrainingArguments) -> None:
+    def fill(
+        self,
+        dataset: VlmDataset,
+        device: torch.device,
+        num_workers: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        show_progress: bool = True,
+    ) -> None:
         """Compute what is missing for the images of a data set; ranks share the work.
 
         Images that cannot be opened are left out here and reported where the row is read.
@@ -69,24 +77,29 @@ class FeatureCache:
         images = {image_key(image): image for image in dataset.iter_images()}
         missing = [image for key, image in images.items() if key not in self._index]
         if missing:
-            mine = missing[args.process_index :: args.world_size]
             logger.info("computing vision features of %d images into %s", len(missing), self.folder)
-            self._compute(mine, dataset.limits, args)
-        if args.world_size > 1:
+            self._compute(missing[rank::world_size], dataset.limits, device, num_workers, show_progress)
+        if world_size > 1:
             torch.distributed.barrier()
         self._read_index()
 
-    def _compute(self, images: list[Path | bytes], limits: ImageLimits, args: TrainingArguments) -> None:
-        device = args.device
+    def _compute(
+        self,
+        images: list[Path | bytes],
+        limits: ImageLimits,
+        device: torch.device,
+        num_workers: int,
+        show_progress: bool,
+    ) -> None:
         tower_was_training = self.model.training
         cast(nn.Module, self.model.eval()).to(device)  # transformers' own `to` is annotated without its arguments
         loader = DataLoader(
-            _Pixels(images, self.processor, limits), batch_size=16, num_workers=args.dataloader_num_workers,
+            _Pixels(images, self.processor, limits), batch_size=16, num_workers=num_workers,
             collate_fn=_stack_readable,
         )  # fmt: skip
         keys: list[str] = []
         parts: list[Tensor] = []
-        progress = tqdm(total=len(images), desc="vision features", unit="image", disable=args.disable_tqdm)
+        progress = tqdm(total=len(images), desc="vision features", unit="image", disable=not show_progress)
         for num_seen, batch_keys, pixel_values in loader:
             if batch_keys:
                 parts.append(family_of(self.model).vision_features(self.model, pixel_values.to(device)).cpu())

@@ -155,9 +155,17 @@ def cache_features(
     """Fill the feature cache for every image of the run, if the recipe asks for it, and let the data sets read it."""
     if recipe.data.vision_feature_cache is None:
         return None
+    args = recipe.training
     cache = FeatureCache(Path(recipe.data.vision_feature_cache), model, processor)
     for dataset in datasets:
-        cache.fill(dataset, recipe.training)
+        cache.fill(
+            dataset,
+            args.device,
+            args.dataloader_num_workers,
+            args.process_index,
+            args.world_size,
+            show_progress=not args.disable_tqdm,
+        )
         dataset.load_features = cache
     return cache
 

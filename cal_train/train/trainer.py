@@ -150,9 +150,12 @@ class VlmTrainer(Trainer):
         return self.optimizer
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add throughput, data waiting and weight statistics to the Trainer's line."""
+        """Add throughput, data waiting, weight statistics and the learning rate of each part to the Trainer's line."""
         if "loss" in logs:
             logs.update(self._window_report())
+            if self.optimizer is not None:
+                groups = [group for group in self.optimizer.param_groups if "name" in group]
+                logs.update({f"learning_rate/{group['name'].split('/')[0]}": group["lr"] for group in groups})
         super().log(logs, start_time)
 
     @torch.no_grad()

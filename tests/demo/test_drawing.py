@@ -23,19 +23,33 @@ def style(tmp_path_factory):
     return folder
 
 
-def scene(seed=0):
-    return Scene("s", (RED, GREEN, BLUE, YELLOW), RED, seed)
+# Where a place is in a picture of 56 px, by its name alone.
+HALF = {"top": slice(0, 28), "bottom": slice(28, 56), "left": slice(0, 28), "right": slice(28, 56)}
+
+
+def quarters_of(pixels):
+    return [pixels[tuple(HALF[word] for word in place.split())] for place in PLACES]
+
+
+def scene(seed=0, cells=(RED, GREEN, BLUE, YELLOW)):
+    return Scene("s", cells, RED, seed)
 
 
 def test_every_thing_is_drawn_in_its_own_quarter_and_nowhere_else(style):
     sprites = load_sprites(style, COLOURS)
     for seed in range(20):
-        pixels = np.asarray(draw(scene(seed), sprites, 56))
-        quarters = [pixels[:28, :28], pixels[:28, 28:], pixels[28:, :28], pixels[28:, 28:]]
-        assert len(quarters) == len(PLACES)
+        quarters = quarters_of(np.asarray(draw(scene(seed), sprites, 56)))
         for i, colour in enumerate(COLOURS.values()):
             counts = [int((quarter == colour).all(-1).sum()) for quarter in quarters]
             assert counts[i] > 300 and sum(counts) == counts[i], (seed, counts)
+
+
+def test_an_empty_cell_shows_the_background_and_nothing_else(style):
+    sprites = load_sprites(style, COLOURS)
+    for seed in range(20):
+        pixels = np.asarray(draw(scene(seed, (RED, None, None, YELLOW)), sprites, 56))
+        first, second, third, last = (len(np.unique(q.reshape(-1, 3), axis=0)) for q in quarters_of(pixels))
+        assert second == third == 1 and min(first, last) > 1
 
 
 def test_margins_of_a_drawing_are_cut_so_that_styles_fill_their_cells_alike(style):

@@ -1,5 +1,7 @@
 import json
+import re
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from cal_train.data.conversation import load_template
 from cal_train.demo.assets import Assets
-from cal_train.demo.concepts import CONCEPTS
+from cal_train.demo.concepts import CONCEPTS, HELD_OUT_CONCEPTS
 from cal_train.demo.evaluate import answer_split, visual_tokens
 from cal_train.demo.language_model import documents, train_tokenizer
 from cal_train.demo.scenes import QUESTION_TYPES
@@ -19,7 +21,7 @@ from cal_train.testing import tiny_llava, tiny_processor
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return train_tokenizer([text for text, _, _ in islice(documents(0), 600)])
+    return train_tokenizer(list(islice(documents(0), 600)))
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +53,8 @@ def splits(tmp_path_factory):
 @torch.no_grad()
 def generated(folder, image, question, max_new_tokens):
     """What the plain transformers `generate` writes: ids up to and without the end mark, and whether it ended."""
-    model, processor = AutoModelForImageTextToText.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
+    model: Any = AutoModelForImageTextToText.from_pretrained(folder).eval()
+    processor = AutoProcessor.from_pretrained(folder)
     prompt = processor.apply_chat_template(
         [{"role": "user", "content": f"<image>\n{question}"}], add_generation_prompt=True
     )
@@ -74,7 +77,7 @@ def test_an_answer_counts_exactly_if_generate_writes_it(tmp_path, model_folder, 
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (28, 28, 3), dtype=np.uint8))
     image.save(tmp_path / "one.png")
     question, end = "What is in the top left?", tokenizer.eos_token_id
-    model = AutoModelForImageTextToText.from_pretrained(model_folder)
+    model: Any = AutoModelForImageTextToText.from_pretrained(model_folder)
     # a head that is sure of a fixed chain of words, so that generation ends with the end mark
     chain = tokenizer(" fox drum pear").input_ids
     newline = tokenizer("assistant\n").input_ids[-1]
@@ -128,7 +131,7 @@ def test_without_the_image_is_what_a_forward_over_masked_image_keys_gives(splits
 
 def test_batches_change_nothing(splits, model_folder):
     _, files = splits
-    one, many = (answer_split(model_folder, files["heldout_concepts"], size) for size in (1, 16))
+    one, many = (answer_split(model_folder, files["heldout_concepts"], batch_size=size) for size in (1, 16))
     assert np.abs(one.delta - many.delta).max() < 1e-4
     assert (one.is_visual == many.is_visual).all() and (one.types == many.types).all()
 
@@ -155,6 +158,18 @@ def test_splits_have_their_files_and_images_and_ask_one_question_at_a_time(split
             assert len(turns) == 2 * len(truth[row["id"]]) == 2 * (len(QUESTION_TYPES) if name == "finetune" else 1)
             for turn, fact in zip(turns[1::2], truth[row["id"]], strict=True):
                 assert all(0 <= a < b <= len(turn["value"]) for a, b in fact["spans"])
+
+
+def test_no_training_file_names_a_held_out_concept_and_every_held_out_row_shows_one(splits):
+    _, files = splits
+    held_out = {concept.word for concept in HELD_OUT_CONCEPTS}
+    for name in ("pretrain", "finetune", "heldout_scenes"):
+        assert not held_out & set(re.findall(r"[a-z]+", files[name].read_text())), name
+    by_scene = {}
+    for row in json.loads(files["heldout_concepts"].read_text()):
+        text = " ".join(turn["value"] for turn in row["conversations"])
+        by_scene.setdefault(row["image"], set()).update(held_out & set(re.findall(r"[a-z]+", text)))
+    assert len(by_scene) == 4 and all(by_scene.values())
 
 
 def test_the_held_out_style_asks_the_same_questions_of_other_drawings(splits):

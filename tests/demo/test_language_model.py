@@ -1,21 +1,22 @@
+import json
+import re
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cal_train.data.conversation import load_template, render
+from cal_train.data.dataset import VlmDataset
+from cal_train.data.sources import Source
 from cal_train.demo.concepts import CONCEPTS
-from cal_train.demo.language_model import (
-    _encode,
-    conversation,
-    description,
-    documents,
-    train_language_model,
-    train_tokenizer,
-)
-from cal_train.demo.scenes import PLACES, ask, sample_scene
-from cal_train.types import IGNORE_INDEX
+from cal_train.demo.language_model import conversation, documents, train_language_model, train_tokenizer
+from cal_train.demo.scenes import ask, sample_scene
+from cal_train.testing import tiny_processor
+
+TURN = re.compile(r"<\|im_start\|>(user|assistant)\n(.*?)<\|im_end\|>\n", re.DOTALL)
 
 
 @pytest.fixture(scope="module")
@@ -25,16 +26,32 @@ def texts():
 
 @pytest.fixture(scope="module")
 def tokenizer(texts):
-    return train_tokenizer([text for text, _, _ in texts])
+    return train_tokenizer(texts)
+
+
+def is_conversation(text):
+    return text.startswith("<|im_start|>user\n")
+
+
+def row_of(text):
+    """The row of a data file from which the text could have been made, read off the text alone."""
+    if not is_conversation(text):
+        caption = text.removeprefix("<|im_start|>").removesuffix("\n")
+        turns = [("user", "<image>\nDescribe the picture."), ("assistant", caption)]
+    else:
+        turns = TURN.findall(text)
+        turns[0] = ("user", "<image>\n" + turns[0][1].lstrip("\n"))
+    speaker = {"user": "human", "assistant": "gpt"}
+    return {"image": "i.png", "conversations": [{"from": speaker[role], "value": value} for role, value in turns]}
 
 
 def test_every_text_decodes_to_itself(texts, tokenizer):
-    for text, _, _ in texts[:50]:
+    for text in texts[:50]:
         assert tokenizer.decode(tokenizer(text).input_ids, clean_up_tokenization_spaces=False) == text
 
 
 def test_every_concept_is_one_token_and_occurs_in_the_text(texts, tokenizer):
-    joined = " ".join(text for text, _, _ in texts)
+    joined = " ".join(texts)
     for concept in CONCEPTS:
         assert len(tokenizer(f" {concept.word}").input_ids) == 1
         assert f" {concept.word}" in joined
@@ -42,27 +59,28 @@ def test_every_concept_is_one_token_and_occurs_in_the_text(texts, tokenizer):
 
 def test_too_little_text_is_refused_with_the_words(texts):
     with pytest.raises(ValueError, match="words of more than one token"):
-        train_tokenizer([texts[0][0]])
+        train_tokenizer(texts[:1])
 
 
-def test_no_image_mark_is_left_and_the_range_is_the_description(texts):
-    for text, start, end in texts[:100]:
-        assert "<image>" not in text
-        assert sorted(part.split(" a ")[0] for part in text[start:end].rstrip(".").split(", ")) == sorted(PLACES)
+def test_a_quarter_of_the_texts_are_captions(texts):
+    share = sum(not is_conversation(text) for text in texts) / len(texts)
+    assert abs(share - 0.25) < 4 * (0.25 * 0.75 / len(texts)) ** 0.5
 
 
-def test_everything_but_the_description_is_predicted(texts, tokenizer):
-    for text, start, end in texts[:50]:
-        row = _encode(tokenizer, text, start, end)
-        kept = [i for i, label in zip(row["input_ids"], row["labels"], strict=True) if label != IGNORE_INDEX]
-        assert tokenizer.decode(kept, clean_up_tokenization_spaces=False) == text[:start] + text[end:]
-
-
-def test_a_description_states_what_is_in_each_cell():
-    rng = np.random.default_rng(0)
-    scene = sample_scene(rng, "s")
-    stated = dict(part.split(" a ") for part in description(scene, rng).rstrip(".").split(", "))
-    assert stated == {place: c.word for place, c in zip(PLACES, scene.cells, strict=True)}
+@pytest.mark.parametrize("template", ["plain", "chatml"])
+def test_texts_are_what_the_stages_train_on_without_the_image_tokens(texts, tokenizer, tmp_path, template):
+    chosen = [text for text in texts if is_conversation(text) == (template == "chatml")][:20]
+    Image.new("RGB", (28, 28)).save(tmp_path / "i.png")
+    (tmp_path / "rows.json").write_text(json.dumps([row_of(text) for text in chosen]))
+    dataset = VlmDataset([Source(tmp_path / "rows.json", None)], tiny_processor(tokenizer), template, 2048)
+    image_token = tokenizer.convert_tokens_to_ids("<image>")
+    samples: list[Any] = [dataset[i] for i in range(len(dataset))]
+    for text, sample in zip(chosen, samples, strict=True):
+        ids = sample["input_ids"]
+        assert (ids == image_token).sum() == 4  # 28 px, 14 px patches
+        kept = ids[ids != image_token].tolist()
+        assert kept == tokenizer(text).input_ids
+        assert tokenizer.decode(kept, clean_up_tokenization_spaces=False) == text
 
 
 def test_texts_are_fixed_by_the_seed():
@@ -70,15 +88,15 @@ def test_texts_are_fixed_by_the_seed():
     assert first == again != other
 
 
-def test_only_the_first_question_carries_the_context():
+def test_only_the_first_question_carries_the_image_mark():
     rng = np.random.default_rng(0)
     turns = ask(sample_scene(rng, "s"), rng)
-    text = render(conversation(turns, "<image>"), load_template("chatml"), {}).text
-    assert text.count("<image>") == 1 and text.index("<image>") < text.index(turns[0].question)
+    text = render(conversation(turns), load_template("chatml"), {}).text
+    assert text.count("<image>") == 1 and f"<image>\n{turns[0].question}" in text
 
 
 def test_the_trained_folder_loads_and_has_about_five_million_parameters(tmp_path):
-    folder = train_language_model(tmp_path / "lm", num_documents=80, learning_rate=1e-3, batch_size=40)
+    folder = train_language_model(tmp_path / "lm", num_documents=60, learning_rate=1e-3, batch_size=30, seed=3)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     assert 4.5e6 < sum(p.numel() for p in model.parameters()) < 5.5e6
     assert model.config.vocab_size == len(tokenizer)

@@ -1,0 +1,26 @@
+"""Verb ``demo``: train and compare a small real VLM with and without CAL."""
+
+import argparse
+import logging
+from pathlib import Path
+
+from rich.console import Console
+
+from cal_train.demo.run import demo_plan, long_plan, run_demo
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the verb."""
+    parser.add_argument("--long", action="store_true", help="SmolLM2-135M and three seeds: hours on two cores")
+    parser.add_argument("--recipes", type=Path, help="folder of pretrain.yaml and finetune.yaml (default: recipes/...)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the demo; everything lands in .cache/ and runs/ of the current directory."""
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("cal_train").setLevel(logging.INFO)
+    recipes = arguments.recipes or Path("recipes/demo_long" if arguments.long else "recipes/demo")
+    if not (recipes / "finetune.yaml").is_file():
+        raise ValueError(f"no recipes in {recipes}: run from the root of the repository, or name them with --recipes")
+    run_demo(long_plan(recipes) if arguments.long else demo_plan(recipes), Console(soft_wrap=True))
+    return 0

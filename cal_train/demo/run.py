@@ -1,0 +1,234 @@
+"""The demo from package index to result table, as a table of contents.
+
+A 5M-parameter language model and a real pretrained vision tower become a VLM; it is tuned twice from the same start,
+without and with CAL, and both are asked about scenes, concepts and a drawing style that training never showed. Every
+training step is the command that a user would type, run in a process of its own so that its time and memory are known.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from cal_train.demo.assets import GGUF_FILE, fetch_assets, fetch_language_model
+from cal_train.demo.compare import ALL, Comparison, area_under_curve, compare, table_of, write_results
+from cal_train.demo.evaluate import Answers, answer_split
+from cal_train.demo.language_model import TEMPLATE, train_language_model
+from cal_train.demo.splits import TEST_SPLITS, write_splits
+from cal_train.evals.heatmap import ScoredSample, draw_heat_map
+
+IMAGE_SIZE_PX = 56
+NUM_TEST_SCENES = 200
+NUM_HEAT_MAP_ROWS = 5
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The size of a demo. ``language_model_texts`` 0 takes SmolLM2-135M instead of training a small model."""
+
+    name: str
+    cache: Path
+    runs: Path
+    recipes: Path
+    num_train_scenes: int
+    language_model_texts: int
+    seeds: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Wall time (seconds) and peak memory (GiB, resident) of one command."""
+
+    command: str
+    seconds: float
+    peak_memory_gib: float
+
+
+def demo_plan(recipes: Path) -> Plan:
+    """Return the demo of ``make demo``: minutes on two cores."""
+    return Plan("demo", Path(".cache/demo"), Path("runs/demo"), recipes, 4000, 1600, (0,))
+
+
+def long_plan(recipes: Path) -> Plan:
+    """Return the demo of ``make demo-long``: SmolLM2-135M and three seeds, hours on two cores."""
+    return Plan("demo_long", Path(".cache/demo_long"), Path("runs/demo_long"), recipes, 12000, 0, (0, 1, 2))
+
+
+def run_demo(plan: Plan, console: Console) -> Path:
+    """Run a demo and return the folder of its results."""
+    costs: list[Cost] = []
+    console.rule("ingredients")
+    assets = fetch_assets(plan.cache)
+    files = write_splits(
+        plan.cache / "scenes", assets, plan.num_train_scenes, NUM_TEST_SCENES, image_size=IMAGE_SIZE_PX
+    )
+    composed = compose_model(plan, assets.vision_tower, console, costs)
+
+    console.rule("stage 1: the projector learns from captions")
+    aligned = plan.runs / "pretrain"
+    run_verb(["train", str(plan.recipes / "pretrain.yaml"), *paths(composed, aligned)], console, costs)
+
+    answers: dict[tuple[str, str], list[Answers]] = {}
+    for seed in plan.seeds:
+        for name, flag in (("baseline", "false"), ("cal", "true")):
+            console.rule(f"stage 2: {name}, seed {seed}")
+            folder = plan.runs / f"{name}-{seed}"
+            options = ["--cal", flag, "--seed", str(seed), *paths(aligned, folder)]
+            run_verb(["train", str(plan.recipes / "finetune.yaml"), *options], console, costs)
+            for split in (split for split in TEST_SPLITS if split in files):
+                answers.setdefault((split, name), []).append(
+                    answer_split(folder, files[split], features=plan.cache / "features")
+                )
+    return report(plan, files, answers, costs, console)
+
+
+def compose_model(plan: Plan, vision_tower: Path, console: Console, costs: list[Cost]) -> Path:
+    """Return the folder of the untrained VLM."""
+    output, source = plan.cache / "composed", []
+    if plan.language_model_texts:
+        console.rule("a small language model learns the words")
+        language_model = plan.cache / "language_model"
+        if not (language_model / "config.json").is_file():
+            started = time.perf_counter()
+            train_language_model(language_model, plan.language_model_texts, learning_rate=1e-3, batch_size=16)
+            costs.append(Cost("language model (in this process)", time.perf_counter() - started, float("nan")))
+    else:
+        language_model = fetch_language_model(plan.cache)
+        source = ["--gguf_file", GGUF_FILE]
+    if not (output / "config.json").is_file():
+        arguments = ["compose", "--llm", str(language_model), *source, "--vision_tower", str(vision_tower)]
+        arguments += ["--output", str(output), "--template", TEMPLATE, "--image_size", str(IMAGE_SIZE_PX)]
+        run_verb(arguments, console, costs)
+    return output
+
+
+def paths(model: Path, output: Path) -> list[str]:
+    """Return the options that chain one command to the next."""
+    return ["--model_name_or_path", str(model), "--output_dir", str(output)]
+
+
+def run_verb(arguments: Sequence[str], console: Console, costs: list[Cost]) -> None:
+    """Run ``cal-train VERB ...`` in a process of its own, showing its progress; note time and peak memory.
+
+    Raises:
+        ValueError: If the command fails; its own message stands above.
+    """
+    console.print(f"[bold]$ cal-train {' '.join(arguments)}[/]", highlight=False)
+    started = time.perf_counter()
+    child = subprocess.Popen([sys.executable, "-m", "cal_train", *arguments])
+    _, status, usage = os.wait4(child.pid, 0)
+    child.returncode = os.waitstatus_to_exitcode(status)
+    if child.returncode:
+        raise ValueError(f"`cal-train {' '.join(arguments)}` failed with exit code {child.returncode}")
+    command = (
+        f"{arguments[0]} {Path(arguments[arguments.index('--output_dir') + 1]).name}"
+        if ("--output_dir" in arguments)
+        else arguments[0]
+    )
+    costs.append(Cost(command, time.perf_counter() - started, usage.ru_maxrss / 2**20))
+
+
+def report(
+    plan: Plan,
+    files: dict[str, Path],
+    answers: dict[tuple[str, str], list[Answers]],
+    costs: list[Cost],
+    console: Console,
+) -> Path:
+    """Print and write the comparison, delta as a detector, the costs and a heat map; return the folder."""
+    lines: list[Comparison] = []
+    detectors: dict[str, float] = {}
+    for split in (split for split in TEST_SPLITS if split in files):
+        baseline, cal = pooled(answers[split, "baseline"]), pooled(answers[split, "cal"])
+        lines += compare(split, baseline, cal)
+        for name, pool in (("baseline", baseline), ("CAL", cal)):
+            detectors[f"{split}, {name}"] = area_under_curve(pool.delta, pool.is_visual)
+    console.rule("results")
+    console.print(table_of(lines))
+    console.print(detector_table(detectors))
+    console.print(cost_table(costs))
+    write_results(plan.runs, lines, detectors)
+    (plan.runs / "costs.json").write_text(json.dumps([asdict(cost) for cost in costs], indent=2))
+    with (plan.runs / "results.md").open("a", encoding="utf-8") as file:
+        file.write("\n" + costs_as_markdown(costs))
+    picture = heat_map(plan, files["heldout_scenes"], plan.runs / f"cal-{plan.seeds[0]}")
+    for line in verdicts(lines):
+        console.print(line)
+    console.print(f"results: {plan.runs / 'results.md'}   heat map: {picture}")
+    console.print(f"next: cal-train preview {plan.recipes / 'finetune.yaml'} --rows 3")
+    return plan.runs
+
+
+def pooled(runs: Sequence[Answers]) -> Answers:
+    """Return the answers of several seeds as one; a scene's answers of all seeds stay together."""
+    return Answers(**{name: np.concatenate([getattr(run, name) for run in runs]) for name in vars(runs[0])})
+
+
+def verdicts(lines: Sequence[Comparison]) -> list[str]:
+    """Say in words what the comparison shows, whatever it shows."""
+    words = []
+    for line in (line for line in lines if line.type == ALL):
+        if line.low > 0:
+            outcome = "CAL is better"
+        elif line.high < 0:
+            outcome = "CAL is worse"
+        else:
+            outcome = "no difference is shown (the interval holds 0)"
+        words.append(
+            f"{line.split}: {outcome}; {100 * line.difference:+.1f} points [{100 * line.low:+.1f}, "
+            f"{100 * line.high:+.1f}], baseline {100 * line.baseline:.1f} %, blind {100 * line.baseline_blind:.1f} %"
+        )
+    return words
+
+
+def detector_table(detectors: dict[str, float]) -> Table:
+    """Return delta's AUC as a detector of the words that only the image tells."""
+    table = Table("split and model", "AUC", title="delta as a detector of visual tokens (0.5 = chance)")
+    for name, value in detectors.items():
+        table.add_row(name, f"{value:.3f}")
+    return table
+
+
+def cost_table(costs: Sequence[Cost]) -> Table:
+    """Return wall time and peak memory of every command."""
+    table = Table("command", "seconds", "peak GiB", title="cost (each command is a process of its own)")
+    for cost in costs:
+        table.add_row(cost.command, f"{cost.seconds:.0f}", _gib(cost))
+    return table
+
+
+def costs_as_markdown(costs: Sequence[Cost]) -> str:
+    """Return the cost table as Markdown."""
+    rows = ["| command | seconds | peak GiB |", "| --- | --- | --- |"]
+    rows += [f"| {cost.command} | {cost.seconds:.0f} | {_gib(cost)} |" for cost in costs]
+    return "\n".join(rows) + "\n"
+
+
+def _gib(cost: Cost) -> str:
+    return "" if np.isnan(cost.peak_memory_gib) else f"{cost.peak_memory_gib:.2f}"
+
+
+def heat_map(plan: Plan, data: Path, model: Path) -> Path:
+    """Score a few held-out questions with the CAL model and draw their tokens coloured by delta."""
+    rows = json.loads(data.read_text(encoding="utf-8"))[:NUM_HEAT_MAP_ROWS]
+    few, scores = plan.runs / "heat_map_rows.json", plan.runs / "scores.jsonl"
+    few.write_text(json.dumps(rows), encoding="utf-8")
+    command = [sys.executable, "-m", "cal_train", "score", "--model", str(model), "--data", str(few)]
+    subprocess.run([*command, "--image_root", str(data.parent), "--output", str(scores)], check=True)
+    samples = []
+    for row, line in zip(rows, scores.read_text(encoding="utf-8").splitlines(), strict=True):
+        record = json.loads(line)
+        question = row["conversations"][0]["value"].split("\n", 1)[1]
+        samples.append(
+            ScoredSample(Image.open(data.parent / row["image"]), question, record["tokens"], record["delta"])
+        )
+    return draw_heat_map(samples, plan.runs / "heat_map.png")
