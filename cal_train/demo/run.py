@@ -6,9 +6,9 @@ training step is the command that a user would type, run in a process of its own
 """
 
 import json
-import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -29,6 +29,14 @@ from cal_train.evals.heatmap import ScoredSample, draw_heat_map
 IMAGE_SIZE_PX = 56
 NUM_TEST_SCENES = 200
 NUM_HEAT_MAP_ROWS = 5
+
+# A child's peak starts at that of the process that launches it, so a small process stands between.
+_LAUNCHER = """
+import resource, subprocess, sys
+code = subprocess.call(sys.argv[2:])
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, file=open(sys.argv[1], "w"))
+sys.exit(code)
+"""
 
 
 @dataclass(frozen=True)
@@ -97,14 +105,14 @@ def compose_model(plan: Plan, vision_tower: Path, console: Console, costs: list[
     if plan.language_model_texts:
         console.rule("a small language model learns the words")
         language_model = plan.cache / "language_model"
-        if not (language_model / "config.json").is_file():
+        if not (language_model / "tokenizer_config.json").is_file():  # saved last
             started = time.perf_counter()
             train_language_model(language_model, plan.language_model_texts, learning_rate=1e-3, batch_size=16)
             costs.append(Cost("language model (in this process)", time.perf_counter() - started, float("nan")))
     else:
         language_model = fetch_language_model(plan.cache)
         source = ["--gguf_file", GGUF_FILE]
-    if not (output / "config.json").is_file():
+    if not (output / "processor_config.json").is_file():
         arguments = ["compose", "--llm", str(language_model), *source, "--vision_tower", str(vision_tower)]
         arguments += ["--output", str(output), "--template", TEMPLATE, "--image_size", str(IMAGE_SIZE_PX)]
         run_verb(arguments, console, costs)
@@ -124,17 +132,18 @@ def run_verb(arguments: Sequence[str], console: Console, costs: list[Cost]) -> N
     """
     console.print(f"[bold]$ cal-train {' '.join(arguments)}[/]", highlight=False)
     started = time.perf_counter()
-    child = subprocess.Popen([sys.executable, "-m", "cal_train", *arguments])
-    _, status, usage = os.wait4(child.pid, 0)
-    child.returncode = os.waitstatus_to_exitcode(status)
-    if child.returncode:
-        raise ValueError(f"`cal-train {' '.join(arguments)}` failed with exit code {child.returncode}")
+    with tempfile.NamedTemporaryFile("r") as peak:
+        launcher = [sys.executable, "-c", _LAUNCHER, peak.name]
+        code = subprocess.call([*launcher, sys.executable, "-m", "cal_train", *arguments])
+        peak_kib = int(peak.read() or 0)
+    if code:
+        raise ValueError(f"`cal-train {' '.join(arguments)}` failed with exit code {code}")
     command = (
         f"{arguments[0]} {Path(arguments[arguments.index('--output_dir') + 1]).name}"
         if ("--output_dir" in arguments)
         else arguments[0]
     )
-    costs.append(Cost(command, time.perf_counter() - started, usage.ru_maxrss / 2**20))
+    costs.append(Cost(command, time.perf_counter() - started, peak_kib / 2**20))
 
 
 def report(

@@ -114,7 +114,6 @@ def test_a_command_that_succeeds_is_noted_with_its_time_and_memory(env_cost):
     assert 0.05 < cost.peak_memory_gib < 16  # GiB: a process that imports torch
 
 
-@pytest.mark.xfail(strict=True, reason="Linux counts the starting process's peak in ru_maxrss of what it starts")
 def test_the_memory_of_a_command_is_not_that_of_the_process_that_starts_it(env_cost):
     own_peak_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     assert env_cost[0].peak_memory_gib < 0.9 * own_peak_gib
