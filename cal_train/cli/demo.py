@@ -22,5 +22,8 @@ def run(arguments: argparse.Namespace) -> int:
     recipes = arguments.recipes or Path("recipes/demo_long" if arguments.long else "recipes/demo")
     if not (recipes / "finetune.yaml").is_file():
         raise ValueError(f"no recipes in {recipes}: run from the root of the repository, or name them with --recipes")
-    run_demo(long_plan(recipes) if arguments.long else demo_plan(recipes), Console(soft_wrap=True))
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=140)  # a file or a pipe has no width of its own
+    run_demo(long_plan(recipes) if arguments.long else demo_plan(recipes), console)
     return 0

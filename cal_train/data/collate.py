@@ -17,8 +17,8 @@ class Collator:
 
     B rows, S longest row, I images, P patches, D tower width. The batch holds ``input_ids``, ``attention_mask`` and
     ``labels`` (B, S) int64, padded on the right; ``pixel_values`` (I, C, H, W) float32 or ``vision_features``
-    (I, P, D), in the order of the image placeholders, both absent when no row has an image; ``sample_ids`` (B strings)
-    and ``dropped``, the `Problem` of every bad row.
+    (I, P, D), in the order of the image placeholders, both absent when no row has an image; ``sample_ids`` (B strings),
+    ``dropped``, the `Problem` of every bad row, and ``num_truncated``, how many rows lost text to the length limit.
 
     A batch whose rows were all dropped comes out as one row of one pad token without labels, so that every rank still
     takes its step.
@@ -44,6 +44,7 @@ class Collator:
             ),
             "sample_ids": [example["sample_id"] for example in examples],
             "dropped": dropped,
+            "num_truncated": sum(example["num_cut"] > 0 for example in examples),
         }
         kinds = [key for key in ("pixel_values", "vision_features") if any(key in example for example in examples)]
         if len(kinds) > 1:
@@ -60,5 +61,6 @@ class Collator:
         return {
             "input_ids": torch.tensor([self.pad_token_id]),
             "labels": torch.tensor([IGNORE_INDEX]),
+            "num_cut": 0,
             "sample_id": DROPPED_ROW_ID,
         }

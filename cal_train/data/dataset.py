@@ -103,7 +103,7 @@ class VlmDataset(Dataset):
     def __getitem__(self, i: int) -> dict[str, Any] | Problem:
         """Return one example, or the `Problem` of a bad row.
 
-        Keys: ``input_ids``, ``labels`` (S,) int64; ``sample_id``; for rows with images ``pixel_values``
+        Keys: ``input_ids``, ``labels`` (S,) int64; ``num_cut``, the text tokens lost to truncation; ``sample_id``; for rows with images ``pixel_values``
         (images, C, H, W) float32 or ``vision_features`` (images, P, D).
         """
         try:
@@ -112,7 +112,8 @@ class VlmDataset(Dataset):
             example = self.tokenize(sample, num_image_tokens)
         except BadSampleError as error:
             return error.problem
-        return {"input_ids": example.input_ids, "labels": example.labels, "sample_id": sample.id, **vision}
+        kept = {"input_ids": example.input_ids, "labels": example.labels, "num_cut": example.num_cut}
+        return {**kept, "sample_id": sample.id, **vision}
 
     def load_sample(self, i: int) -> Sample:
         """Return row ``i`` of this epoch with its form checked and its images unopened.

@@ -90,6 +90,7 @@ class VlmTrainer(Trainer):
         self.group_options = {"mm_projector_lr": mm_projector_lr, "vision_tower_lr": vision_tower_lr}
         self.max_bad_samples = max_bad_samples
         self.dropped = DropCount()
+        self.num_truncated = 0
         self.ablated_clock = Stopwatch(args.device)
         self.step_options = StepOptions(head, weighting, self._is_sharded(), has_cached_features, self.ablated_clock)
         self._reset_window()
@@ -129,6 +130,7 @@ class VlmTrainer(Trainer):
         self._data_wait_seconds += time.perf_counter() - started
         for batch in batches:
             self._count_dropped(batch.pop("dropped", []))
+            self.num_truncated += batch.pop("num_truncated", 0)
         if not batches:
             return batches, None
         num_labels = torch.stack([count_labels(batch["labels"]) for batch in batches]).sum().to(device)
@@ -179,7 +181,8 @@ class VlmTrainer(Trainer):
         sums = torch.zeros(2, device=self.args.device, dtype=torch.float64 if self.args.device.type == "cpu" else None)
         for batch in self._eval_batches(dataset):
             self._count_dropped(batch.pop("dropped", []))
-            batch.pop("sample_ids", None)
+            for name in ("sample_ids", "num_truncated"):
+                batch.pop(name, None)
             inputs = self._prepare_inputs(batch)
             loss_sum = model(step=options, **inputs)["loss_sum"]
             sums += torch.stack([loss_sum, count_labels(inputs["labels"]).to(loss_sum)])
@@ -260,12 +263,14 @@ class VlmTrainer(Trainer):
     def _window_report(self) -> dict[str, float]:
         seconds = time.perf_counter() - self._window_started
         num_steps = max(self.state.global_step - self._window_first_step, 1)
-        own = torch.tensor([float(self._num_tokens), self.dropped.count], device=self.args.device)
-        num_tokens, num_dropped = self._sum_over_ranks(own).tolist()
+        own = [float(self._num_tokens), float(self.dropped.count), float(self.num_truncated)]
+        own = torch.tensor(own, device=self.args.device)
+        num_tokens, num_dropped, num_truncated = self._sum_over_ranks(own).tolist()
         report = {
             "tokens_per_second": num_tokens / seconds,
             "data_wait_share": self._data_wait_seconds / seconds,
             "dropped_rows": num_dropped,
+            "truncated_rows": num_truncated,
         }
         if self.weighting is not None and self.weighting.ablation is not None:
             report |= weight_report(self._sum_over_ranks(self._weight_sums), num_steps)

@@ -120,9 +120,9 @@ def test_the_memory_of_a_command_is_not_that_of_the_process_that_starts_it(env_c
 
 
 def test_a_model_that_is_there_is_not_made_again(tmp_path, monkeypatch):
-    for name in ("language_model", "composed"):
+    for name, last_file in (("language_model", "tokenizer_config.json"), ("composed", "processor_config.json")):
         (tmp_path / "cache" / name).mkdir(parents=True)
-        (tmp_path / "cache" / name / "config.json").write_text("{}")
+        (tmp_path / "cache" / name / last_file).write_text("{}")
     for name in ("train_language_model", "run_verb"):
         monkeypatch.setattr(run, name, lambda *_, **__: pytest.fail("made again"))
     costs = []

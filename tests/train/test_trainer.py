@@ -203,3 +203,17 @@ def test_a_trained_vision_tower_gets_gradients_up_to_the_selected_layer(tiny_run
     assert any("layers.0." in name for name in moved)
     assert any("layers.1." in name for name in moved)
     assert not any("layers.2." in name or "post_layernorm" in name for name in moved)
+
+
+def test_rows_that_lose_text_to_the_length_limit_are_counted(tiny_run):
+    from cal_train.data.dataset import Source, VlmDataset
+
+    root = tiny_run.root / "data"
+    processor = AutoProcessor.from_pretrained(tiny_run.root / "vlm", backend="pil")
+    source = [Source(root / "data.json", root / "images")]
+    lengths = [len(row["input_ids"]) for row in VlmDataset(source, processor, "chat", 2048)]
+    limit = max(lengths) - 1
+    expected = lengths.count(limit + 1)
+    assert 0 < expected < 24  # some rows are longer than the limit and some are not
+    folder = tiny_run("--model_max_length", str(limit), "--max_steps", "6")  # 6 x 4 rows: each once
+    assert log_of(folder)[-1]["truncated_rows"] == expected
