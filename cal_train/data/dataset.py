@@ -103,7 +103,8 @@ class VlmDataset(Dataset):
     def __getitem__(self, i: int) -> dict[str, Any] | Problem:
         """Return one example, or the `Problem` of a bad row.
 
-        Keys: ``input_ids``, ``labels`` (S,) int64; ``num_cut``, the text tokens lost to truncation; ``sample_id``; for rows with images ``pixel_values``
+        Keys: ``input_ids``, ``labels`` (S,) int64; ``num_cut``, the text tokens lost to truncation;
+        ``sample_id``; for rows with images ``pixel_values``
         (images, C, H, W) float32 or ``vision_features`` (images, P, D).
         """
         try:
