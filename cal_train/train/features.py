@@ -32,13 +32,17 @@ class FeatureCache:
     """Callable ``cache(image) -> features (P, width of the tower)``; None for an image that was never cached.
 
     Raises:
-        ValueError: If the vision tower is trainable.
+        ValueError: If the vision tower is trainable, or partitioned by ZeRO-3.
     """
 
     def __init__(self, folder: Path, model: PreTrainedModel, processor: ProcessorMixin):
         family = family_of(model)
         if any(p.requires_grad for p in family.tower_parameters(model)):
             raise ValueError("vision_feature_cache needs a frozen vision tower: unset tune_vision_tower or the cache")
+        if any(hasattr(p, "ds_id") for p in family.tower_parameters(model)):
+            raise ValueError(
+                "vision_feature_cache does not work with ZeRO-3, which loads the tower in pieces: take zero2 or unset it"
+            )
         self.model, self.processor = model, processor
         self.folder = Path(folder) / fingerprint(model, processor)
         self.folder.mkdir(parents=True, exist_ok=True)

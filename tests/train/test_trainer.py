@@ -217,3 +217,15 @@ def test_rows_that_lose_text_to_the_length_limit_are_counted(tiny_run):
     assert 0 < expected < 24  # some rows are longer than the limit and some are not
     folder = tiny_run("--model_max_length", str(limit), "--max_steps", "6")  # 6 x 4 rows: each once
     assert log_of(folder)[-1]["truncated_rows"] == expected
+
+
+def test_a_feature_cache_refuses_a_tower_that_zero3_has_partitioned(tiny_run, tmp_path):
+    from cal_train.train.features import FeatureCache
+
+    folder = tiny_run.root / "vlm"
+    model = AutoModelForImageTextToText.from_pretrained(folder).requires_grad_(False)
+    processor = AutoProcessor.from_pretrained(folder, backend="pil")
+    FeatureCache(tmp_path, model, processor)
+    next(model.model.vision_tower.parameters()).ds_id = 0  # how DeepSpeed marks a partitioned parameter
+    with pytest.raises(ValueError, match="ZeRO-3"):
+        FeatureCache(tmp_path, model, processor)
