@@ -41,7 +41,7 @@ class FeatureCache:
             raise ValueError("vision_feature_cache needs a frozen vision tower: unset tune_vision_tower or the cache")
         if any(hasattr(p, "ds_id") for p in family.tower_parameters(model)):
             raise ValueError(
-                "vision_feature_cache does not work with ZeRO-3, which loads the tower in pieces: take zero2 or unset it"
+                "vision_feature_cache does not work with ZeRO-3, which splits the tower: take zero2 or unset it"
             )
         self.model, self.processor = model, processor
         self.folder = Path(folder) / fingerprint(model, processor)
