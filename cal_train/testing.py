@@ -19,6 +19,10 @@ from transformers import (
 )
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
+from cal_train.towers.outputs import TowerShape
+from cal_train.towers.text import TextPooling
+from cal_train.towers.two_tower import TwoTower, build_two_tower
+
 CORPUS = [
     "A chat between a curious user and an artificial intelligence assistant. USER: what is in the image? ASSISTANT: ",
     "a red square on a blue background. yes no cat dog 0 1 2 3 4 5 6 7 8 9 green circle triangle\n",
@@ -177,4 +181,93 @@ def write_tiny_data(folder: str | os.PathLike, num_rows: int = 16, text_only_eve
         rows.append(row)
     path = folder / "data.json"
     path.write_text(json.dumps(rows))
+    return path
+
+
+_TINY_SIZES = {"num_hidden_layers": 2, "num_attention_heads": 4}
+_TINY_VISION = _TINY_SIZES | {"hidden_size": 32, "image_size": 16, "patch_size": 4}
+_TINY_TEXT = _TINY_SIZES | {
+    "hidden_size": 24,
+    "intermediate_size": 48,
+    "vocab_size": 64,
+    "max_position_embeddings": 12,
+    "pad_token_id": 0,
+}
+TINY_VISION_TOWERS = {
+    "clip": {**_TINY_VISION, "model_type": "clip_vision_model", "intermediate_size": 48},
+    "siglip": {**_TINY_VISION, "model_type": "siglip_vision_model", "intermediate_size": 48},
+    "dinov2": {**_TINY_VISION, "model_type": "dinov2", "initializer_range": 0.1},
+}
+"""Configurations of vision towers: 16 px images, 16 patches, width 32."""
+TINY_TEXT_TOWERS = {
+    "clip": {**_TINY_TEXT, "model_type": "clip_text_model", "bos_token_id": 1, "eos_token_id": 3},
+    "siglip": {**_TINY_TEXT, "model_type": "siglip_text_model", "bos_token_id": 1, "eos_token_id": 3},
+    "bert": {**_TINY_TEXT, "model_type": "bert"},
+}
+"""Configurations of text towers: 64 ids, 12 tokens, width 24."""
+
+
+def tiny_two_tower(
+    vision: Literal["clip", "siglip", "dinov2"] = "clip",
+    text: Literal["clip", "siglip", "bert"] = "clip",
+    text_pooling: TextPooling = "eos",
+    num_mixture_tokens: int = 0,
+    patch_dropout: float = 0.0,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> TwoTower:
+    """Return two towers with random weights; equal for equal arguments, and the global generator stays as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        towers = build_two_tower(
+            TINY_VISION_TOWERS[vision],
+            TINY_TEXT_TOWERS[text],
+            text_pooling=text_pooling,
+            num_mixture_tokens=num_mixture_tokens,
+            patch_dropout=patch_dropout,
+        )
+    return towers.to(dtype)
+
+
+def tiny_pairs(
+    shape: TowerShape, batch_size: int = 4, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> dict[str, torch.Tensor]:
+    """Return a batch of random images and texts of 2 tokens up to the whole context, both ends included if B >= 2.
+
+    The keys are those of a training batch: ``pixel_values``, ``input_ids`` and ``attention_mask``. Padding is on the
+    right, with the tower's padding id, which no real token has.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    length = shape.context_length
+    lengths = torch.randint(2, length + 1, (batch_size,), generator=generator)
+    lengths[:2] = torch.tensor([length, 2])[:batch_size]
+    mask = torch.arange(length) < lengths.unsqueeze(1)
+    ids = torch.randint(shape.vocab_size - 1, (batch_size, length), generator=generator)
+    ids = torch.where(ids >= shape.pad_token_id, ids + 1, ids)
+    pixels = torch.randn(batch_size, 3, shape.image_size, shape.image_size, generator=generator, dtype=dtype)
+    return {
+        "pixel_values": pixels,
+        "input_ids": ids.masked_fill(~mask, shape.pad_token_id),
+        "attention_mask": mask.long(),
+    }
+
+
+def write_tiny_pairs(folder: str | os.PathLike) -> Path:
+    """Write ``pairs.jsonl``: 16 images of 16 px whose captions tell them apart, and ``tokenizer/``; return the file."""
+    folder = Path(folder)
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    tiny_tokenizer().save_pretrained(folder / "tokenizer")
+    rng = np.random.default_rng(0)
+    colours = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "white": (250, 250, 250)}
+    corners = {"top left": (0, 0), "top right": (0, 8), "bottom left": (8, 0), "bottom right": (8, 8)}
+    rows = []
+    for colour, rgb in colours.items():
+        for corner, (y, x) in corners.items():
+            pixels = rng.integers(0, 40, (16, 16, 3), dtype=np.uint8)
+            pixels[y : y + 8, x : x + 8] = rgb
+            name = f"images/{colour} {corner}.png"
+            Image.fromarray(pixels).save(folder / name)
+            rows.append({"image": name, "caption": f"{colour} {corner}"})
+    path = folder / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path

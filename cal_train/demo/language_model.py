@@ -1,10 +1,14 @@
 """The demo's language model: a small Llama with its own vocabulary, trained on text about scenes.
 
-It plays the part that Vicuna plays in LLaVA: before it ever gets an image it knows the words and writes the answers'
-sentences. All concepts occur in its text, the held-out ones too; which drawing belongs to which word it cannot tell.
+It plays the part that Vicuna plays in LLaVA: before it ever gets an image it knows the words, writes the answers'
+sentences, and can look something up in what stands before the question. Where the VLM gets an image, its texts have the
+picture in words, one word for each patch; so what stage 1 has to teach the projector is to write drawings as words.
+Some texts have no picture, so that the model can also guess, as any language model can. All concepts occur in the texts,
+the held-out ones too; which drawing belongs to which word no text tells.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -13,7 +17,7 @@ import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
-    DataCollatorForLanguageModeling,
+    DataCollatorForSeq2Seq,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -22,16 +26,28 @@ from transformers import (
     set_seed,
 )
 
-from cal_train.data.conversation import load_template, render
+from cal_train.data.conversation import RenderedConversation, load_template, render
+from cal_train.data.tokenize import tokenize_conversation
 from cal_train.demo.concepts import CONCEPTS
-from cal_train.demo.scenes import Turn, ask, caption, sample_scene
-from cal_train.types import IMAGE_MARK, Message
+from cal_train.demo.scenes import NOTHING, Turn, ask_for_training, caption, picture_in_words, sample_scene
+from cal_train.types import IMAGE_MARK, Message, Sample, TokenizedExample
 
 TEMPLATE = "chatml"
 VOCAB_SIZE = 1024
 SPECIAL_TOKENS = ("<pad>", IMAGE_MARK, "<|im_start|>", "<|im_end|>")
 CAPTION_SHARE = 0.25
 """Share of the texts that are captions; the others are conversations."""
+GUESS_SHARE = 0.25
+"""Share of the texts without a picture."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """A row as a stage of the VLM would render it, image mark included, and the picture as words; () for none."""
+
+    messages: tuple[Message, ...]
+    rendered: RenderedConversation
+    picture: tuple[str, ...]
 
 
 def conversation(turns: Sequence[Turn]) -> tuple[Message, ...]:
@@ -43,8 +59,8 @@ def conversation(turns: Sequence[Turn]) -> tuple[Message, ...]:
     return tuple(messages)
 
 
-def documents(seed: int) -> Iterator[str]:
-    """Yield endless training texts: captions and conversations as both stages render them, with no image in them."""
+def documents(seed: int) -> Iterator[Document]:
+    """Yield endless training texts: captions and conversations as both stages render them."""
     rng = np.random.default_rng(seed)
     special = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
     while True:
@@ -52,8 +68,28 @@ def documents(seed: int) -> Iterator[str]:
         if rng.random() < CAPTION_SHARE:
             messages, template = (Message("user", IMAGE_MARK), Message("assistant", caption(scene))), "plain"
         else:
-            messages, template = conversation(ask(scene, rng)), TEMPLATE
-        yield render(messages, load_template(template), special).text.replace(IMAGE_MARK, "")
+            messages, template = conversation(ask_for_training(scene, rng, 1)), TEMPLATE
+        rendered = render(messages, load_template(template), special)
+        has_picture = rng.random() >= GUESS_SHARE
+        yield Document(messages, rendered, tuple(picture_in_words(scene)) if has_picture else ())
+
+
+def encode(document: Document, tokenizer: PreTrainedTokenizerFast) -> TokenizedExample:
+    """Return the ids and labels that the VLM would train on, the picture's words where image features would be."""
+    sample = Sample("text", "the language model's texts", 0, document.messages)
+    image_token_id = tokenizer.get_vocab()[IMAGE_MARK]
+    example = tokenize_conversation(
+        sample, document.rendered, tokenizer, image_token_id, [len(document.picture)], tokenizer.model_max_length
+    )
+    ((start, end),) = example.image_spans
+    picture = [tokenizer(f" {word}").input_ids[0] for word in document.picture]
+    example.input_ids[start:end] = torch.tensor(picture, dtype=torch.int64)
+    return example
+
+
+def in_words(document: Document) -> str:
+    """Return the text with the picture's words in place of the image mark."""
+    return document.rendered.text.replace(IMAGE_MARK, "".join(f" {word}" for word in document.picture))
 
 
 def train_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
@@ -81,7 +117,8 @@ def train_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
         model_max_length=2048,
     )
     tokenizer.chat_template = load_template(TEMPLATE)
-    long = [c.word for c in CONCEPTS if len(tokenizer(f" {c.word}").input_ids) != 1]
+    words = [NOTHING, *(concept.word for concept in CONCEPTS)]
+    long = [word for word in words if len(tokenizer(f" {word}").input_ids) != 1]
     if long:
         raise ValueError(f"words of more than one token: {', '.join(long)}; train the tokenizer on more text")
     return tokenizer
@@ -94,14 +131,15 @@ def train_language_model(
 
     Args:
         folder: Where to save.
-        num_documents: Texts, each seen once.
+        num_documents: Texts, each seen once; as in the VLM's stages, only answers and captions are supervised.
         learning_rate: Peak of a cosine schedule.
         batch_size: Texts per step. Small batches learn far more per token here: steps count, not their noise.
         seed: Of text, weights and order.
     """
     set_seed(seed)
     texts = list(islice(documents(seed), num_documents))
-    tokenizer = train_tokenizer(texts)
+    tokenizer = train_tokenizer([in_words(text) for text in texts])
+    examples = [encode(text, tokenizer) for text in texts]
     model = LlamaForCausalLM(_config(tokenizer))
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -110,7 +148,7 @@ def train_language_model(
         learning_rate=learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=20,
-        adam_beta2=0.99,
+        adam_beta2=0.95,
         logging_steps=50,
         save_strategy="no",
         dataloader_pin_memory=torch.cuda.is_available(),
@@ -120,8 +158,10 @@ def train_language_model(
     trainer = Trainer(
         model=model,
         args=arguments,
-        train_dataset=Dataset.from_list([{"input_ids": ids} for ids in tokenizer(texts)["input_ids"]]),
-        data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
+        train_dataset=Dataset.from_list(
+            [{"input_ids": e.input_ids.tolist(), "labels": e.labels.tolist()} for e in examples]
+        ),
+        data_collator=DataCollatorForSeq2Seq(tokenizer),
     )
     trainer.train()
     model.save_pretrained(folder)

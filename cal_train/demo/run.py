@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +25,7 @@ from cal_train.demo.evaluate import Answers, answer_split
 from cal_train.demo.language_model import TEMPLATE, train_language_model
 from cal_train.demo.splits import TEST_SPLITS, write_splits
 from cal_train.evals.heatmap import ScoredSample, draw_heat_map
+from cal_train.train.checkpoint import TRAINER_STATE_NAME
 
 IMAGE_SIZE_PX = 56
 NUM_TEST_SCENES = 200
@@ -41,7 +42,11 @@ sys.exit(code)
 
 @dataclass(frozen=True)
 class Plan:
-    """The size of a demo. ``language_model_texts`` 0 takes SmolLM2-135M instead of training a small model."""
+    """The size of a demo.
+
+    ``language_model_texts`` 0 takes SmolLM2-135M instead of training a small model. ``in_parts``: the demo may be
+    stopped at any time; started again it keeps what is finished and goes on from the last checkpoint.
+    """
 
     name: str
     cache: Path
@@ -50,6 +55,7 @@ class Plan:
     num_train_scenes: int
     language_model_texts: int
     seeds: Sequence[int]
+    in_parts: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,12 +69,14 @@ class Cost:
 
 def demo_plan(recipes: Path) -> Plan:
     """Return the demo of ``make demo``: minutes on two cores."""
-    return Plan("demo", Path(".cache/demo"), Path("runs/demo"), recipes, 4000, 1600, (0,))
+    return Plan("demo", Path(".cache/demo"), Path("runs/demo"), recipes, 5000, 12800, (0,))
 
 
 def long_plan(recipes: Path) -> Plan:
     """Return the demo of ``make demo-long``: SmolLM2-135M and three seeds, hours on two cores."""
-    return Plan("demo_long", Path(".cache/demo_long"), Path("runs/demo_long"), recipes, 12000, 0, (0, 1, 2))
+    return Plan(
+        "demo_long", Path(".cache/demo_long"), Path("runs/demo_long"), recipes, 12000, 0, (0, 1, 2), in_parts=True
+    )
 
 
 def run_demo(plan: Plan, console: Console) -> Path:
@@ -79,11 +87,11 @@ def run_demo(plan: Plan, console: Console) -> Path:
     files = write_splits(
         plan.cache / "scenes", assets, plan.num_train_scenes, NUM_TEST_SCENES, image_size=IMAGE_SIZE_PX
     )
-    composed = compose_model(plan, assets.vision_tower, console, costs)
+    composed = compose_model(plan, assets.vision_tower, files["pretrain"].parent / "images/train", console, costs)
 
     console.rule("stage 1: the projector learns from captions")
     aligned = plan.runs / "pretrain"
-    run_verb(["train", str(plan.recipes / "pretrain.yaml"), *paths(composed, aligned)], console, costs)
+    train_stage(plan, ["pretrain.yaml", *paths(composed, aligned)], aligned, console, costs)
 
     answers: dict[tuple[str, str], list[Answers]] = {}
     for seed in plan.seeds:
@@ -91,7 +99,7 @@ def run_demo(plan: Plan, console: Console) -> Path:
             console.rule(f"stage 2: {name}, seed {seed}")
             folder = plan.runs / f"{name}-{seed}"
             options = ["--cal", flag, "--seed", str(seed), *paths(aligned, folder)]
-            run_verb(["train", str(plan.recipes / "finetune.yaml"), *options], console, costs)
+            train_stage(plan, ["finetune.yaml", *options], folder, console, costs)
             for split in (split for split in TEST_SPLITS if split in files):
                 answers.setdefault((split, name), []).append(
                     answer_split(folder, files[split], features=plan.cache / "features")
@@ -99,11 +107,11 @@ def run_demo(plan: Plan, console: Console) -> Path:
     return report(plan, files, answers, costs, console)
 
 
-def compose_model(plan: Plan, vision_tower: Path, console: Console, costs: list[Cost]) -> Path:
-    """Return the folder of the untrained VLM."""
+def compose_model(plan: Plan, vision_tower: Path, images: Path, console: Console, costs: list[Cost]) -> Path:
+    """Return the folder of the untrained VLM, its projector starting on features standardised on ``images``."""
     output, source = plan.cache / "composed", []
     if plan.language_model_texts:
-        console.rule("a small language model learns the words")
+        console.rule("a small language model learns the words, and to look things up")
         language_model = plan.cache / "language_model"
         if not (language_model / "tokenizer_config.json").is_file():  # saved last
             started = time.perf_counter()
@@ -115,8 +123,24 @@ def compose_model(plan: Plan, vision_tower: Path, console: Console, costs: list[
     if not (output / "processor_config.json").is_file():
         arguments = ["compose", "--llm", str(language_model), *source, "--vision_tower", str(vision_tower)]
         arguments += ["--output", str(output), "--template", TEMPLATE, "--image_size", str(IMAGE_SIZE_PX)]
+        arguments += ["--standardize_on", str(images)]
         run_verb(arguments, console, costs)
     return output
+
+
+def train_stage(plan: Plan, arguments: Sequence[str], folder: Path, console: Console, costs: list[Cost]) -> None:
+    """Train a stage into ``folder``; of a demo in parts keep it if it is finished, or go on where it stopped."""
+    record, resume = folder / "cost.json", []
+    if plan.in_parts and record.is_file():
+        costs.append(Cost(**json.loads(record.read_text())))
+        console.print(f"{folder} is finished: kept")
+        return
+    if plan.in_parts and any(folder.glob(f"checkpoint-*/{TRAINER_STATE_NAME}")):
+        resume = ["--resume_from_checkpoint", "latest"]
+    run_verb(["train", str(plan.recipes / arguments[0]), *arguments[1:], *resume], console, costs)
+    if resume:  # its seconds are those of the last part only
+        costs[-1] = replace(costs[-1], seconds=float("nan"))
+    record.write_text(json.dumps(asdict(costs[-1])))
 
 
 def paths(model: Path, output: Path) -> list[str]:
@@ -211,19 +235,22 @@ def cost_table(costs: Sequence[Cost]) -> Table:
     """Return wall time and peak memory of every command."""
     table = Table("command", "seconds", "peak GiB", title="cost (each command is a process of its own)")
     for cost in costs:
-        table.add_row(cost.command, f"{cost.seconds:.0f}", _gib(cost))
+        table.add_row(cost.command, _measured(cost.seconds, 0), _measured(cost.peak_memory_gib, 2))
     return table
 
 
 def costs_as_markdown(costs: Sequence[Cost]) -> str:
     """Return the cost table as Markdown."""
     rows = ["| command | seconds | peak GiB |", "| --- | --- | --- |"]
-    rows += [f"| {cost.command} | {cost.seconds:.0f} | {_gib(cost)} |" for cost in costs]
+    rows += [
+        f"| {cost.command} | {_measured(cost.seconds, 0)} | {_measured(cost.peak_memory_gib, 2)} |" for cost in costs
+    ]
     return "\n".join(rows) + "\n"
 
 
-def _gib(cost: Cost) -> str:
-    return "" if np.isnan(cost.peak_memory_gib) else f"{cost.peak_memory_gib:.2f}"
+def _measured(value: float, digits: int) -> str:
+    """Return a number, or nothing where it was not measured (NaN)."""
+    return "" if np.isnan(value) else f"{value:.{digits}f}"
 
 
 def heat_map(plan: Plan, data: Path, model: Path) -> Path:

@@ -19,6 +19,9 @@ from cal_train.demo.concepts import CONCEPTS, HELD_OUT_CONCEPTS, TRAIN_CONCEPTS,
 ROWS = COLUMNS = 2
 PLACES = ("top left", "top right", "bottom left", "bottom right")
 NUMBERS = ("one", "two")
+NOTHING = "nothing"
+PATCHES_PER_CELL = 2
+"""Along each side: the tower cuts a 56 px picture into 4 x 4 patches."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,13 @@ def sample_scene(
 def caption(scene: Scene) -> str:
     """Return the scene in words, thing by thing in reading order (stage 1)."""
     return ", ".join(f"{PLACES[cell]} a {concept.word}" for cell, concept in scene.things.items()) + "."
+
+
+def picture_in_words(scene: Scene) -> list[str]:
+    """Return one word for each patch of the picture, in reading order: what is seen there, or `NOTHING`."""
+    words = [NOTHING if concept is None else concept.word for concept in scene.cells]
+    rows = [words[start : start + COLUMNS] for start in range(0, len(words), COLUMNS)]
+    return [word for row in rows for _ in range(PATCHES_PER_CELL) for word in row for _ in range(PATCHES_PER_CELL)]
 
 
 def caption_spans(scene: Scene) -> tuple[tuple[int, int], ...]:
@@ -130,6 +140,8 @@ _ASK: dict[str, Callable[[Scene, np.random.Generator, int], Turn]] = {
     "presence": _presence,
 }
 QUESTION_TYPES = tuple(_ASK)
+TRAINING_SHARES = {"name": 0.4, "kind": 0.2, "place": 0.2, "count": 0.05, "presence": 0.15}
+"""How often each type is asked in training. Names are what takes a small model longest, so they get the most steps."""
 
 
 def ask(scene: Scene, rng: np.random.Generator) -> list[Turn]:
@@ -137,6 +149,15 @@ def ask(scene: Scene, rng: np.random.Generator) -> list[Turn]:
     cells = list(scene.things)
     turns = [make(scene, rng, cells[int(rng.integers(len(cells)))]) for make in _ASK.values()]
     return [turns[i] for i in rng.permutation(len(turns))]
+
+
+def ask_for_training(scene: Scene, rng: np.random.Generator, num_questions: int) -> list[Turn]:
+    """Return up to ``num_questions`` different questions, their types drawn by `TRAINING_SHARES`."""
+    cells, turns = list(scene.things), {}
+    for type_ in rng.choice(QUESTION_TYPES, num_questions, p=[TRAINING_SHARES[name] for name in QUESTION_TYPES]):
+        turn = _ASK[type_](scene, rng, cells[int(rng.integers(len(cells)))])
+        turns.setdefault(turn.question, turn)
+    return list(turns.values())
 
 
 def ask_about_subject(scene: Scene, rng: np.random.Generator) -> list[Turn]:

@@ -3,7 +3,7 @@
 | file | rows | pictures |
 |---|---|---|
 | ``pretrain.json`` | captions (stage 1) | trained concepts, OpenMoji |
-| ``finetune.json`` | conversations, one question of each type (stage 2) | the same pictures |
+| ``finetune.json`` | one question each, up to four of a picture (stage 2) | the same pictures |
 | ``heldout_scenes.json`` | one question each | new scenes of trained concepts |
 | ``heldout_concepts.json`` | one question each, about a concept in no training picture | it among trained ones |
 | ``heldout_style.json`` | the questions of ``heldout_scenes`` | the same scenes drawn in Noto |
@@ -33,6 +33,7 @@ from cal_train.demo.scenes import (
     Turn,
     ask,
     ask_about_subject,
+    ask_for_training,
     caption,
     caption_spans,
     sample_held_out_scene,
@@ -41,6 +42,8 @@ from cal_train.demo.scenes import (
 from cal_train.types import IMAGE_MARK
 
 CAPTION_REQUEST = "Describe the picture."
+QUESTIONS_PER_SCENE = 4
+"""Of a training picture at most, each a row of its own: a model this small learns far less of a row with several."""
 TEST_SPLITS = ("heldout_scenes", "heldout_concepts", "heldout_style")
 
 
@@ -71,7 +74,11 @@ def write_splits(
     train = [sample_scene(_rng(seed, 0, i), f"train-{i:05d}") for i in range(num_train)]
     scenes = [sample_scene(_rng(seed, 1, i), f"scene-{i:05d}") for i in range(num_test)]
     concepts = [sample_held_out_scene(_rng(seed, 2, i), f"concept-{i:05d}") for i in range(num_test)]
-    talks = [Row(s.id, s, tuple(ask(s, _rng(seed, 3, i)))) for i, s in enumerate(train)]
+    talks = [
+        Row(f"{scene.id}/{n}", scene, (turn,))
+        for i, scene in enumerate(train)
+        for n, turn in enumerate(ask_for_training(scene, _rng(seed, 3, i), QUESTIONS_PER_SCENE))
+    ]
     questions = _one_by_one((s, ask(s, _rng(seed, 4, i))) for i, s in enumerate(scenes))
     about_held_out = _one_by_one((s, ask_about_subject(s, _rng(seed, 5, i))) for i, s in enumerate(concepts))
     plan: list[tuple[str, list[Row], str, Path | None]] = [

@@ -38,8 +38,10 @@ from cal_train.models.llm import (
     softcap_of,
     text_logits,
 )
-from cal_train.models.tower import at_image_size, has_class_token, load_image_processor, load_tower, selected_features
+from cal_train.models.standardize import standardize_projector
+from cal_train.models.tower import load_image_processor, selected_features
 from cal_train.models.vocabulary import add_image_and_pad_token, choose_template, load_tokenizer, stop_token_ids
+from cal_train.towers.loading import at_image_size, has_class_token, load_tower
 from cal_train.types import IMAGE_MARK
 
 logger = logging.getLogger(__name__)
@@ -69,6 +71,7 @@ def compose(
     vision_feature_layer: int = -2,
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
     pad_vocabulary_to: int = 1,
+    standardize_on: Path | None = None,
     seed: int = 0,
 ) -> Path:
     """Write an untrained VLM folder that transformers' auto classes load.
@@ -84,6 +87,8 @@ def compose(
         vision_feature_layer: Hidden state of the tower that the projector reads (LLaVA: -2).
         dtype: Of all weights. ``auto``: as the language model is stored; float32 for GGUF.
         pad_vocabulary_to: The vocabulary's rows become a multiple of this.
+        standardize_on: Folder of images: the projector starts as if the features of these were standardised
+            (`cal_train.models.standardize`). Default: LLaVA's plain start.
         seed: Of the projector's initial weights.
 
     Returns:
@@ -116,6 +121,9 @@ def compose(
     logger.info("vocabulary: %d tokens, %d rows added, logit scale %g", len(tokenizer), num_rows, scale)
 
     model = _assemble(language_model, resized_tower, tokenizer, vision_feature_layer, seed)
+    if standardize_on is not None:
+        num_images = standardize_projector(model, image_processor, standardize_on)
+        logger.info("projector: starts on features standardised on %d images of %s", num_images, standardize_on)
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=stop_token_ids(tokenizer, chat_template),

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import cast
 
 import torch
@@ -30,8 +31,8 @@ def load_llm(folder: Path, gguf_file: str | None = None, dtype: str = "auto") ->
         dtype: ``auto`` (as stored; float32 for GGUF) or the name of a torch dtype.
 
     Raises:
-        ValueError: If the folder is not a causal language model, is quantised (other than GGUF), holds no safetensors,
-            lacks weights, or has a head that LLaVA's class cannot hold.
+        ValueError: If the folder is not a causal language model, is quantised (other than GGUF), lacks weights, holds
+            more than tensors in its weight files, or has a head that LLaVA's class cannot hold.
     """
     check_folder(folder, gguf_file)
     if gguf_file is not None and dtype == "auto":
@@ -42,10 +43,10 @@ def load_llm(folder: Path, gguf_file: str | None = None, dtype: str = "auto") ->
             gguf_file=gguf_file,
             dtype=dtype,
             trust_remote_code=False,
-            use_safetensors=gguf_file is None or None,
+            weights_only=True,  # of a .bin file, as Vicuna is published, tensors are read and nothing is executed
             output_loading_info=True,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, UnpicklingError) as error:
         raise ValueError(f"{folder} cannot be loaded as a causal language model: {error}") from error
     llm, info = cast(tuple[PreTrainedModel, dict], loaded)
     if lost := sorted([*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])]):

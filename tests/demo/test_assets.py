@@ -67,13 +67,13 @@ def test_a_folder_appears_only_when_it_is_complete(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        assets._once(tmp_path / "made", stop_half_way)
+        assets.fill_once(tmp_path / "made", stop_half_way)
     assert list(tmp_path.iterdir()) == []
 
     def make(folder):
         (folder / "first").write_text("1")
 
-    assets._once(tmp_path / "made", make)
+    assets.fill_once(tmp_path / "made", make)
     assert (tmp_path / "made" / "first").read_text() == "1"
 
 
@@ -111,7 +111,7 @@ def test_noto_drawings_get_their_own_or_the_set_size(tmp_path):
 def test_without_npm_the_held_out_style_is_none_and_the_rest_is_there(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(assets.shutil, "which", lambda name: None)
     monkeypatch.setattr(assets, "fetch", lambda pinned, cache: cache)
-    for name in ("_unpack_tower", "_unpack_openmoji"):
+    for name in ("unpack_tower", "_unpack_openmoji"):
         monkeypatch.setattr(assets, name, lambda archive, folder: None)
     found = assets.fetch_assets(tmp_path)
     assert found.held_out_style is None and found.train_style.is_dir() and found.vision_tower.is_dir()

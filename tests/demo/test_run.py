@@ -20,7 +20,16 @@ from cal_train.demo.assets import GGUF_FILE, Assets
 from cal_train.demo.compare import Comparison, compare
 from cal_train.demo.concepts import CONCEPTS
 from cal_train.demo.evaluate import Answers
-from cal_train.demo.run import Cost, Plan, compose_model, costs_as_markdown, pooled, run_verb, verdicts
+from cal_train.demo.run import (
+    Cost,
+    Plan,
+    compose_model,
+    costs_as_markdown,
+    pooled,
+    run_verb,
+    train_stage,
+    verdicts,
+)
 from cal_train.demo.scenes import QUESTION_TYPES
 from cal_train.demo.splits import TEST_SPLITS
 
@@ -126,7 +135,10 @@ def test_a_model_that_is_there_is_not_made_again(tmp_path, monkeypatch):
     for name in ("train_language_model", "run_verb"):
         monkeypatch.setattr(run, name, lambda *_, **__: pytest.fail("made again"))
     costs = []
-    assert compose_model(plan(tmp_path), tmp_path / "tower", quiet(), costs) == tmp_path / "cache" / "composed"
+    assert (
+        compose_model(plan(tmp_path), tmp_path / "tower", tmp_path / "images", quiet(), costs)
+        == tmp_path / "cache" / "composed"
+    )
     assert costs == []
 
 
@@ -135,11 +147,32 @@ def test_without_texts_the_fetched_gguf_file_is_composed(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "fetch_language_model", lambda cache: cache / "smollm2")
     monkeypatch.setattr(run, "train_language_model", lambda *_, **__: pytest.fail("trained"))
     monkeypatch.setattr(run, "run_verb", lambda arguments, *_: commands.append(list(arguments)))
-    compose_model(plan(tmp_path, texts=0), tmp_path / "tower", quiet(), [])
+    compose_model(plan(tmp_path, texts=0), tmp_path / "tower", tmp_path / "images", quiet(), [])
     (command,) = commands
     options = dict(zip(command[1::2], command[2::2], strict=True))
     assert command[0] == "compose" and options["--gguf_file"] == GGUF_FILE
     assert options["--llm"] == str(tmp_path / "cache" / "smollm2")
+    assert options["--standardize_on"] == str(tmp_path / "images")
+
+
+def test_a_demo_in_parts_goes_on_where_it_stopped_and_keeps_what_is_finished(tmp_path, monkeypatch):
+    commands = []
+
+    def run_verb(arguments, _, costs):
+        commands.append(list(arguments))
+        costs.append(Cost("train baseline-0", 12.0, 1.5))
+
+    monkeypatch.setattr(run, "run_verb", run_verb)
+    in_parts, folder = replace(plan(tmp_path), in_parts=True), tmp_path / "runs" / "baseline-0"
+    (folder / "checkpoint-20").mkdir(parents=True)
+    (folder / "checkpoint-20" / "trainer_state.json").write_text("{}")
+    for _ in range(2):
+        train_stage(in_parts, ["finetune.yaml", "--seed", "0"], folder, quiet(), costs := [])
+        assert costs[0].command == "train baseline-0" and np.isnan(costs[0].seconds)  # of a part of the stage only
+    recipe = str(tmp_path / "recipes" / "finetune.yaml")
+    assert commands == [["train", recipe, "--seed", "0", "--resume_from_checkpoint", "latest"]]
+    train_stage(plan(tmp_path), ["finetune.yaml"], folder, quiet(), costs := [])  # in one part: always anew
+    assert commands[1:] == [["train", recipe]] and costs == [Cost("train baseline-0", 12.0, 1.5)]
 
 
 def write_style(folder, shape):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -66,6 +67,16 @@ VISION_SIZES = {
     "patch_size": 14,
 }
 TEXT_HALF = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+class RunsOnLoading:
+    """A pickle of this makes a file when it is loaded without care."""
+
+    def __init__(self, file):
+        self.file = str(file)
+
+    def __reduce__(self):
+        return (open, (self.file, "w"))
 
 
 def bare_tokenizer(**special):
@@ -327,7 +338,8 @@ def broken_parts(case, folder):
     elif case == "llm_quantised":
         edit_json(llm / "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
     elif case == "llm_pickled":
-        (llm / "model.safetensors").rename(llm / "pytorch_model.bin")
+        (llm / "model.safetensors").unlink()
+        torch.save({"lm_head.weight": RunsOnLoading(folder / "ran")}, llm / "pytorch_model.bin")
     elif case == "no_tokenizer":
         (llm / "tokenizer.json").unlink()
     elif case == "no_gguf":
@@ -379,6 +391,7 @@ def test_unusable_parts_are_refused_and_nothing_is_left(tmp_path, case):
         compose(llm, tower, tmp_path / "vlm", **options)
     left = [file.name for file in (tmp_path / "vlm").glob("*")]
     assert left == (["notes.txt"] if case == "output_not_empty" else [])
+    assert not (tmp_path / "ran").exists()  # nothing of a pickle was executed
 
 
 def test_a_model_that_computes_something_else_is_refused(parts, tmp_path, monkeypatch):
@@ -465,3 +478,16 @@ def test_a_fresh_process_loads_the_folder_without_this_package(composed, tmp_pat
     with torch.no_grad():
         ours = load(folder)[0](**result["inputs"]).logits
     assert (ours - result["logits"]).abs().max() <= 1e-5
+
+
+def test_parts_with_bin_files_as_vicuna_and_clip_are_published_give_the_same_model(tmp_path):
+    for kind in ("safetensors", "bin"):
+        llm, tower = write_llm(tmp_path / kind / "llm"), write_tower(tmp_path / kind / "tower")
+        if kind == "bin":
+            for part in (llm, tower):
+                torch.save(load_file(part / "model.safetensors"), part / "pytorch_model.bin")
+                (part / "model.safetensors").unlink()
+        compose(llm, tower, tmp_path / kind / "vlm")
+    one, other = (load_file(tmp_path / kind / "vlm" / "model.safetensors") for kind in ("safetensors", "bin"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(value, other[key]) for key, value in one.items())

@@ -1,0 +1,1 @@
+"""Image and text encoders on Hugging Face classes, and their export."""
