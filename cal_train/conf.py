@@ -127,24 +127,44 @@ class CalArguments:
     )
 
 
+FIXED_ARGUMENTS: dict[str, tuple[object, str]] = {
+    "remove_unused_columns": (False, "the collator makes the batch"),
+    "logging_nan_inf_filter": (False, "a loss that is not finite stops the run and names its samples"),
+    "label_smoothing_factor": (0.0, "token weights need the plain cross-entropy"),
+    "average_tokens_across_devices": (True, "the loss is the mean over the label tokens of all ranks"),
+    "train_sampling_strategy": ("random", "rows are grouped with group_by_modality_length: true"),
+    "dataloader_persistent_workers": (False, "workers start anew each epoch, with the rows drawn for it"),
+}
+"""Arguments of Hugging Face that only one value fits, and why: any other would be ignored or break the run."""
+
+
 @dataclass
 class VlmTrainingArguments(TrainingArguments):
-    """Hugging Face's arguments with the defaults that this trainer needs."""
+    """Hugging Face's arguments with the defaults that this trainer needs.
+
+    Raises:
+        ValueError: If one of `FIXED_ARGUMENTS` is given another value.
+    """
 
     report_to: None | str | list[str] = field(  # noqa: RUF036 (the order that HfArgumentParser reads)
         default="tensorboard", metadata={"help": "tensorboard, wandb, trackio, none, or a list."}
     )
     logging_steps: float = field(default=10, metadata={"help": "Optimizer steps between two log lines."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Fixed: the collator makes the batch."})
-    logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Fixed: a loss that is not finite stops the run and names its samples."}
-    )
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Fixed, see FIXED_ARGUMENTS."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Fixed, see FIXED_ARGUMENTS."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints that are kept."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule (LLaVA: cosine)."})
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "Not needed: every trainable parameter gets a gradient in every step."}
     )
     dataloader_num_workers: int = field(default=2, metadata={"help": "Processes that load and tokenize."})
+
+    def __post_init__(self) -> None:
+        """Check the fixed arguments, then let Hugging Face check the rest."""
+        for name, (value, reason) in FIXED_ARGUMENTS.items():
+            if getattr(self, name) != value:
+                raise ValueError(f"{name}={getattr(self, name)} is not possible: {reason}. Leave it out")
+        super().__post_init__()
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,9 @@ def weighted_linear_cross_entropy(
         chunk_size = max(CHUNK_ELEMENTS // head_weight_VD.shape[0], 1)
     if chunk_size < 1:
         raise ValueError(f"chunk_size={chunk_size} must be at least 1 row")
+    if not torch.is_grad_enabled():  # a Function is told what its inputs require, not whether anyone will ask
+        hidden_ND, head_weight_VD = hidden_ND.detach(), head_weight_VD.detach()
+        head_bias_V = None if head_bias_V is None else head_bias_V.detach()
     return _WeightedLinearCrossEntropy.apply(
         hidden_ND, head_weight_VD, head_bias_V, labels_N, token_weights_N.detach(), softcap, chunk_size
     )

@@ -10,6 +10,8 @@ from rich.console import Console
 VERBS = {
     "train": "train a VLM by a recipe, with CAL by one flag",
     "compose": "build an untrained VLM from a language model and a vision tower",
+    "tower": "pretrain an image and a text tower by a recipe",
+    "export_tower": "write the image tower of a tower run in Hugging Face layout",
     "check_data": "validate every row of a data file or recipe",
     "preview": "show tokens, labels and image spans of samples",
     "score": "write logits with and without image, delta and weight per label token",
@@ -24,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; return the exit code. A user's mistake is one message, not a traceback."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(prog="cal-train", formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.epilog = "verbs:\n" + "\n".join(f"  {verb:<12}{line}" for verb, line in VERBS.items())
+    parser.epilog = "verbs:\n" + "\n".join(f"  {verb:<14}{line}" for verb, line in VERBS.items())
     parser.add_argument("verb", choices=VERBS, metavar="VERB", help="one of the verbs below")
     verb = parser.parse_args(arguments[:1]).verb
     module = importlib.import_module(f"cal_train.cli.{verb}")
@@ -38,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parsed = verb_parser.parse_args(arguments[1:])
     try:
         return module.run(parsed)
-    except (ValueError, FloatingPointError) as error:
+    except (ValueError, FloatingPointError, OSError) as error:  # OSError: a folder that cannot be written, a full disk
         Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {_plain(error)}", highlight=False)
         return 2
 

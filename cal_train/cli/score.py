@@ -21,6 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cal_window", type=int, default=3, help="smoothing window in tokens")
     parser.add_argument("--batch_size", type=int, default=8, help="rows per forward pass")
     parser.add_argument("--max_bad_samples", type=int, default=0, help="bad rows left out before the run stops")
+    parser.add_argument(
+        "--image_position", choices=["keep", "front"], default="keep", help="as in the recipe that trained the model"
+    )
     parser.add_argument("--model_max_length", type=int, default=2048, help="tokens per row, image tokens included")
 
 
@@ -31,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
     )
     count = score_file(
         arguments.model, arguments.data, arguments.image_root, arguments.output, weighting,
-        arguments.batch_size, arguments.max_bad_samples, arguments.model_max_length,
+        arguments.batch_size, arguments.max_bad_samples, arguments.model_max_length, arguments.image_position,
     )  # fmt: skip
     Console().print(f"{count} samples scored into {arguments.output}")
     return 0

@@ -1,5 +1,6 @@
 """The processor of a run: tokenizer, image processor and the chat template that trains."""
 
+from pathlib import Path
 from typing import Literal
 
 from transformers import AutoProcessor, ProcessorMixin
@@ -9,7 +10,7 @@ from cal_train.data.images import apply_aspect_ratio
 
 
 def load_processor(
-    folder: str, template: str = "chat", image_aspect_ratio: Literal["pad", "square"] | None = None
+    folder: str | Path, template: str = "chat", image_aspect_ratio: Literal["pad", "square"] | None = None
 ) -> ProcessorMixin:
     """Return a model folder's processor with the chat template and aspect ratio of a run, to be saved with its result.
 
@@ -21,8 +22,11 @@ def load_processor(
         image_aspect_ratio: How images become square; None keeps what the folder says.
 
     Raises:
-        ValueError: If the template does not fit the tokenizer, or the image processor cannot pad.
+        ValueError: If the folder is not a model folder, if the template does not fit the tokenizer, or if the image
+            processor cannot pad.
     """
+    if not (Path(folder) / "config.json").is_file():  # transformers would take the name for one on the hub
+        raise ValueError(f"model folder {folder} does not exist or has no config.json: check the path")
     processor = AutoProcessor.from_pretrained(folder, backend="pil")
     processor.chat_template = resolve_template(template, processor)
     processor.tokenizer.padding_side = "right"

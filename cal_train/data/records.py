@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 import datasets
 import numpy as np
+from datasets.exceptions import DatasetGenerationError
 
 from cal_train.types import IMAGE_MARK, BadSampleError, Message, Problem, Role, Sample
 
@@ -45,7 +46,10 @@ class Rows:
         self._table: datasets.Dataset | None = None
         if suffix == ".parquet":
             # Arrow format: images stay the encoded bytes or the path that they are in the file.
-            self._table = datasets.Dataset.from_parquet(str(self.path)).with_format("arrow")
+            try:
+                self._table = datasets.Dataset.from_parquet(str(self.path)).with_format("arrow")
+            except (ValueError, OSError, DatasetGenerationError) as error:
+                raise ValueError(f"data file {path} is not a Parquet file: {error}") from error
         else:
             self._buffer, self._offsets = readers[suffix](self.path)
         if not len(self):
@@ -105,6 +109,15 @@ def parse_row(raw: Any, file: str | Path, row: int, image_root: Path) -> Sample:
         BadSampleError: With the place, the problem and the cure.
     """
     return _RowParser(file, row, row_id(raw, file, row), image_root).parse(raw)
+
+
+def resolve_image(value: Any, file: str | Path, row: int, id: str, image_root: Path) -> Path | bytes:
+    """Return the resolved path of an image inside ``image_root``, or its bytes where the value carries them.
+
+    Raises:
+        BadSampleError: If it is a URL, leaves the root (symbolic links resolved), or is not there.
+    """
+    return _RowParser(file, row, id, image_root).image(value)
 
 
 class _RowParser:
@@ -229,7 +242,7 @@ class _RowParser:
             path = (self.image_root / value).resolve()
             is_inside = path.is_relative_to(self.image_root)
             is_file = is_inside and path.is_file()
-        except (OSError, RuntimeError) as error:  # a name too long, a loop of links
+        except (OSError, RuntimeError, UnicodeEncodeError) as error:  # name too long, loop of links, half a character
             self.fail(f"image {value[:80]!r} cannot be looked up ({error})", "Correct the path")
         if not is_inside:
             self.fail(

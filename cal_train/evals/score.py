@@ -4,17 +4,18 @@ import json
 import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from cal_train.cal.strategies import TokenWeighting
 from cal_train.data.collate import Collator
 from cal_train.data.dataset import VlmDataset
+from cal_train.data.processor import load_processor
 from cal_train.data.sources import Source
 from cal_train.models.head import find_head
 from cal_train.train.step import StepOptions, attach_step, label_tokens
@@ -34,6 +35,7 @@ def score_file(
     batch_size: int = 8,
     max_bad_samples: int = 0,
     max_length: int = 2048,
+    image_position: Literal["keep", "front"] = "keep",
 ) -> int:
     """Score a data file and write one JSON object per sample, in input order.
 
@@ -50,21 +52,23 @@ def score_file(
         batch_size: Rows per forward pass.
         max_bad_samples: Bad rows that are left out (and logged) before the run stops.
         max_length: Tokens per row.
+        image_position: As in the recipe that trained; the model folder does not remember it.
 
     Returns:
         The number of samples written.
 
     Raises:
-        ValueError: If the weighting has nothing to contrast, or more rows are bad than allowed.
+        ValueError: If the weighting has nothing to contrast, the model folder is none, or more rows are bad than
+            allowed.
     """
     if weighting.ablation is None:
         raise ValueError("this strategy takes no image away, so there is nothing to score: use cal or cal_reference")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    processor = load_processor(model_folder)
     model = AutoModelForImageTextToText.from_pretrained(model_folder, dtype=torch.float32).eval()
     cast(nn.Module, model).to(device)  # transformers' own `to` is annotated without its arguments
-    processor = AutoProcessor.from_pretrained(model_folder, backend="pil")
     source = Source(Path(data), Path(image_root) if image_root else None)
-    dataset = VlmDataset([source], processor, "chat", max_length)
+    dataset = VlmDataset([source], processor, "chat", max_length, image_position)
     loader = DataLoader(dataset, batch_size=batch_size, collate_fn=Collator(processor.tokenizer.pad_token_id))
 
     temporary = Path(f"{output}.part")

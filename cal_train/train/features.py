@@ -79,10 +79,12 @@ class FeatureCache:
         Images that cannot be opened are left out here and reported where the row is read.
         """
         images = {image_key(image): image for image in dataset.iter_images()}
-        missing = [image for key, image in images.items() if key not in self._index]
+        # shared out before looking at what is missing, which other ranks are changing at this moment
+        share = list(images.items())[rank::world_size]
+        missing = [image for key, image in share if key not in self._index]
         if missing:
             logger.info("computing vision features of %d images into %s", len(missing), self.folder)
-            self._compute(missing[rank::world_size], dataset.limits, device, num_workers, show_progress)
+            self._compute(missing, dataset.limits, device, num_workers, show_progress)
         if world_size > 1:
             torch.distributed.barrier()
         self._read_index()

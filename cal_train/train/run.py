@@ -1,14 +1,12 @@
 """A training run from recipe to result folder, as a table of contents."""
 
 import dataclasses
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
 import torch
-import yaml
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -32,10 +30,13 @@ from cal_train.models.parts import Part, PartCount, freeze
 from cal_train.models.vocabulary import stop_token_ids
 from cal_train.train.checkpoint import resolve_resume
 from cal_train.train.features import FeatureCache
-from cal_train.train.provenance import environment
+from cal_train.train.run_folder import data_seed, output_folder, set_up_logging, write_record
 from cal_train.train.trainer import VlmTrainer
 
 logger = logging.getLogger(__name__)
+
+SAMPLING_OPTIONS = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
+"""Generation options that only sampling reads."""
 
 
 def train(recipe: Recipe) -> Path:
@@ -50,6 +51,7 @@ def train(recipe: Recipe) -> Path:
     processor = load_processor(recipe.model.model_name_or_path, recipe.data.template, recipe.model.image_aspect_ratio)
     model = load_model(recipe.model, recipe.training)
     model.generation_config.eos_token_id = stop_token_ids(processor.tokenizer, cast(str, processor.chat_template))
+    drop_idle_sampling_options(model)
     trainable = wrap_lora(model, recipe.model)
     counts = freeze(trainable, recipe.model.stage, part_overrides(recipe.model))
     dataset = build_dataset(recipe.data, processor, data_seed(recipe.training))
@@ -77,18 +79,6 @@ def train(recipe: Recipe) -> Path:
     trainer.save_state()
     report_end(trainer, recipe)
     return output_folder(recipe.training)
-
-
-def output_folder(args: VlmTrainingArguments) -> Path:
-    """Return the run folder, which every recipe names."""
-    return Path(cast(str, args.output_dir))
-
-
-def set_up_logging(args: VlmTrainingArguments) -> None:
-    """One line per event on the main process; other ranks only warn."""
-    level = logging.INFO if args.process_index == 0 else logging.WARNING
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logging.getLogger("cal_train").setLevel(level)
 
 
 def weighting_of(cal: CalArguments) -> TokenWeighting | None:
@@ -127,8 +117,35 @@ def load_model(model_args: ModelArguments, args: VlmTrainingArguments) -> PreTra
         "flash_attention_2" if is_flash_attn_2_available() and (args.bf16 or dtype == "bfloat16") else "sdpa"
     )
     return AutoModelForImageTextToText.from_pretrained(
-        folder, config=config, dtype=getattr(torch, dtype), attn_implementation=attention
+        folder, config=config, dtype=getattr(torch, dtype), attn_implementation=attention_per_part(attention)
     )
+
+
+def attention_per_part(name: str) -> str | dict[str, str]:
+    """Return what ``from_pretrained`` takes to give the parts of a VLM their attention.
+
+    FlashAttention is for the language model, whose padded rows it leaves out. A tower has nothing to leave out, so that
+    ``sdpa`` is as fast for it; and ``sdpa`` also takes float32, in which the feature cache runs a tower.
+    """
+    return {"text_config": name, "vision_config": "sdpa"} if name.startswith("flash") else name
+
+
+def drop_idle_sampling_options(model: PreTrainedModel) -> None:
+    """Unset sampling options where generation does not sample: it ignores them, and transformers refuses to save them.
+
+    The run would end at its first checkpoint.
+
+    Raises:
+        ValueError: If the generation configuration is contradictory in another way.
+    """
+    config = model.generation_config
+    idle = () if config.do_sample else SAMPLING_OPTIONS
+    dropped = [name for name in idle if getattr(config, name, None) is not None]
+    for name in dropped:
+        setattr(config, name, None)
+    if dropped:
+        logger.warning("generation_config: %s dropped, do_sample is not set", ", ".join(dropped))
+    config.validate(strict=True)
 
 
 def part_overrides(model_args: ModelArguments) -> dict[Part, bool | None]:
@@ -170,11 +187,6 @@ def cache_features(
     return cache
 
 
-def data_seed(args: VlmTrainingArguments) -> int:
-    """Return the seed of the row order and of fractional source weights."""
-    return args.data_seed if args.data_seed is not None else args.seed
-
-
 def build_sampler(recipe: Recipe, dataset: VlmDataset) -> ShuffledSampler:
     """Return the order of rows, a function of (seed, epoch)."""
     args = recipe.training
@@ -189,22 +201,9 @@ def rows_per_step(args: VlmTrainingArguments) -> int:
 
 
 def write_provenance(recipe: Recipe, weighting: TokenWeighting | None) -> None:
-    """Write the resolved recipe, versions, commit and seed into the run folder, before step 1."""
-    args = recipe.training
-    if not args.should_save:
-        return
-    folder = output_folder(args)
-    folder.mkdir(parents=True, exist_ok=True)
-    resolved = {
-        **dataclasses.asdict(recipe.model),
-        **dataclasses.asdict(recipe.data),
-        **dataclasses.asdict(recipe.cal),
-        **args.to_dict(),
-    }
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(resolved, default=str)), sort_keys=True))
-    facts = environment() | {"seed": args.seed, "world_size": args.world_size}
-    facts["token_weighting"] = None if weighting is None else dataclasses.asdict(weighting)
-    (folder / "environment.json").write_text(json.dumps(facts, indent=2))
+    """Write the resolved recipe, versions, commit, seed and weighting into the run folder, before step 1."""
+    facts = {"token_weighting": None if weighting is None else dataclasses.asdict(weighting)}
+    write_record(recipe.training, [recipe.model, recipe.data, recipe.cal], facts)
 
 
 def announce(recipe: Recipe, weighting: TokenWeighting | None, dataset: VlmDataset, counts: list[PartCount]) -> None:
@@ -235,5 +234,8 @@ def report_end(trainer: VlmTrainer, recipe: Recipe) -> None:
     elif recipe.model.stage == "pretrain":
         logger.info("saved. Next: cal-train train FINETUNE.yaml --model_name_or_path %s", folder)
     else:
-        source = training_sources(recipe.data)[0].path
-        logger.info("saved. Next: cal-train score --model %s --data %s --output scores.jsonl", folder, source)
+        source = training_sources(recipe.data)[0]
+        command = f"cal-train score --model {folder} --data {source.path} --image_root {source.root}"
+        if recipe.data.image_position != "keep":
+            command += f" --image_position {recipe.data.image_position}"
+        logger.info("saved. Next: %s --output scores.jsonl", command)

@@ -42,7 +42,8 @@ class VlmTrainer(Trainer):
         eval_dataset: Rows of the evaluation loss.
         mm_projector_lr: Learning rate of the projector, if it is to differ.
         vision_tower_lr: Learning rate of the vision tower, if it is to differ.
-        max_bad_samples: Rows that may be dropped on a rank before the run stops.
+        max_bad_samples: Rows that may be dropped on a rank before the run stops; a row counts once, however often it
+            is read.
         has_cached_features: Batches bring ``vision_features``.
     """
 
@@ -178,7 +179,8 @@ class VlmTrainer(Trainer):
         options = StepOptions(
             self.step_options.head, None, self.step_options.is_sharded, self.step_options.has_cached_features
         )
-        sums = torch.zeros(2, device=self.args.device, dtype=torch.float64 if self.args.device.type == "cpu" else None)
+        precision = torch.float32 if self.args.device.type == "mps" else torch.float64  # MPS has no wider one
+        sums = torch.zeros(2, device=self.args.device, dtype=precision)
         for batch in self._eval_batches(dataset):
             self._count_dropped(batch.pop("dropped", []))
             for name in ("sample_ids", "num_truncated"):
@@ -216,6 +218,12 @@ class VlmTrainer(Trainer):
         else:
             load_weights_strictly(self.model, resume_from_checkpoint)
 
+    def _load_best_model(self) -> None:
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled or not isinstance(self.model, PreTrainedModel):
+            super()._load_best_model()
+        else:  # as in `_load_from_checkpoint`
+            load_weights_strictly(self.model, cast(str, self.state.best_model_checkpoint))
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
         # An adapter folder would lack what the template's answers end with; `merge` takes it from there.
@@ -239,6 +247,8 @@ class VlmTrainer(Trainer):
 
     def _count_dropped(self, problems: list[Problem]) -> None:
         for problem in problems:
+            if any((problem.file, problem.row) == (known.file, known.row) for known in self.dropped.problems):
+                continue  # another epoch, or another evaluation
             self.dropped.count += 1
             self.dropped.problems.append(problem)
             if self.dropped.count > self.max_bad_samples:

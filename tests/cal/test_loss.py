@@ -1,6 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cal_train.cal.loss import target_logits, weighted_linear_cross_entropy
 
@@ -101,3 +102,21 @@ def test_shapes_and_chunk_size_that_do_not_fit_are_refused():
         weighted_linear_cross_entropy(hidden, weight, labels[:-1], w)
     with pytest.raises(ValueError, match="chunk_size=0"):
         weighted_linear_cross_entropy(hidden, weight, labels, w, chunk_size=0)
+
+
+class CountProducts(TorchDispatchMode):
+    """Counts matrix products."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func in (torch.ops.aten.mm.default, torch.ops.aten.addmm_.default)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("with_gradient", "products"), [(True, 3), (False, 1)])
+def test_without_gradients_only_the_logits_are_multiplied(with_gradient, products):
+    hidden, weight, _, labels, w = problem()
+    with torch.set_grad_enabled(with_gradient), CountProducts() as counted:
+        weighted_linear_cross_entropy(hidden, weight, labels, w)
+    assert counted.count == products

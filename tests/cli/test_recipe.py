@@ -2,6 +2,7 @@ import pytest
 
 from cal_train.cli.main import VERBS, main
 from cal_train.cli.recipe import describe_options, load_recipe
+from cal_train.testing import write_tiny_data, write_tiny_vlm
 from cal_train.train.run import weighting_of
 
 SMALLEST = """
@@ -128,3 +129,47 @@ def test_help_of_train_lists_every_option_of_ours_with_its_default():
     text = describe_options()
     for name, default in (("cal_high", "5.0"), ("mm_projector_lr", "None"), ("model_max_length", "2048")):
         assert f"--{name} ({default})" in text
+
+
+@pytest.mark.parametrize("verb", ["train", "preview", "check_data", "score"])
+def test_a_model_folder_that_does_not_exist_is_named_by_every_verb(recipe_file, tmp_path, capsys, verb):
+    missing = str(tmp_path / "none")
+    if verb == "score":
+        arguments = ["--model", missing, "--data", "data.json", "--output", str(tmp_path / "scores.jsonl")]
+    else:
+        arguments = [str(recipe_file(base=SMALLEST.replace("models/x", missing) + "use_cpu: true\n"))]
+    assert main([verb, *arguments]) == 2
+    assert f"model folder {missing} does not exist" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "remove_unused_columns: true",
+        "label_smoothing_factor: 0.1",
+        "average_tokens_across_devices: false",
+        "train_sampling_strategy: group_by_length",
+        "dataloader_persistent_workers: true",
+    ],
+)
+def test_an_option_that_would_be_ignored_is_refused_with_the_reason(recipe_file, line):
+    with pytest.raises(ValueError, match=f"{line.split(':')[0]}.* is not possible: .*"):
+        load(recipe_file(line + "\n"))
+
+
+def test_a_broken_list_on_the_command_line_is_named(recipe_file):
+    with pytest.raises(ValueError, match=r"--data \[\{ is not a list"):
+        load(recipe_file(), "--data", "[{")
+
+
+def test_a_folder_that_cannot_be_written_is_one_line_and_exit_code_2(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    recipe = tmp_path / "recipe.yaml"
+    write_tiny_vlm(tmp_path / "vlm")
+    data = write_tiny_data(tmp_path / "data", num_rows=2)
+    recipe.write_text(
+        f"model_name_or_path: {tmp_path / 'vlm'}\ndata_path: {data}\nimage_folder: {data.parent / 'images'}\n"
+        f"output_dir: {tmp_path / 'file' / 'run'}\nuse_cpu: true\nmax_steps: 1\n"
+    )
+    assert main(["train", str(recipe)]) == 2
+    assert "Not a directory" in capsys.readouterr().err

@@ -234,3 +234,14 @@ def test_broken_line_of_jsonl_is_a_bad_row_with_its_number(tmp_path):
     with pytest.raises(BadSampleError) as error:
         rows[1]
     assert error.value.problem.row == 1
+
+
+def test_a_path_with_half_a_character_is_a_problem_of_its_row(root):
+    assert "cannot be looked up" in problem_of(llava(image="\ud800.png"), root)
+
+
+def test_a_file_that_is_not_parquet_is_named(tmp_path):
+    for content in (b"nope", b"PAR1" + bytes(100) + b"PAR1"):
+        (tmp_path / "x.parquet").write_bytes(content)
+        with pytest.raises(ValueError, match=r"x\.parquet is not a Parquet file"):
+            Rows(tmp_path / "x.parquet")

@@ -83,3 +83,14 @@ def test_a_strategy_without_contrast_is_refused(tiny, capsys):
 
     with pytest.raises(ValueError, match="nothing to score"):
         score_file(tiny / "vlm", tiny / "data" / "data.json", None, tiny / "x.jsonl", STRATEGIES["uniform"])
+
+
+def test_image_position_moves_the_image_as_in_training(tiny, tmp_path):
+    rows = json.loads((tiny / "data" / "data.json").read_text())[:1]
+    rows[0]["conversations"][0]["value"] = "what is in the image?\n<image>"
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    kept, front = (
+        score(tiny, "--data", str(tmp_path / "data.json"), "--image_position", place)[0] for place in ("keep", "front")
+    )
+    original = score(tiny, "--data", str(tiny / "data" / "data.json"))[0]  # its mark is in front
+    assert front["input_ids"] == original["input_ids"] != kept["input_ids"]

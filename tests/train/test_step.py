@@ -296,3 +296,19 @@ def test_features_that_do_not_match_the_image_tokens_are_an_error(models):
     batch["pixel_values"] = torch.randn(2, 3, 28, 28)
     with pytest.raises(ValueError, match="2 images make 8 embeddings but the batch has 4"):
         run_step(model, batch, options(model, None))
+
+
+def test_under_autocast_the_pass_without_gradients_takes_none_from_the_one_with():
+    """Autocast caches cast weights; those of a pass without gradients must not serve the pass with them."""
+    gradients = []
+    for enabled in (False, True):
+        model, _ = build()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            out = model(step=options(model, TokenWeighting(low=1, high=1)), **make_batch(*MIXED))
+        out["loss_sum"].backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    exact, cast = gradients
+    assert exact.keys() == cast.keys()
+    for name, gradient in exact.items():
+        cosine = F.cosine_similarity(gradient.flatten(), cast[name].flatten(), dim=0)
+        assert cosine > 0.98 or gradient.abs().max() < 1e-4, name

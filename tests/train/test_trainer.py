@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 import torch
@@ -70,9 +71,12 @@ def test_resuming_continues_bit_for_bit_across_an_epoch(tiny_run, max_difference
 def test_resume_latest_takes_the_newest_checkpoint_and_says_when_there_is_none(tmp_path):
     for step in (2, 10, 9):
         (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").touch()
+    assert resolve_resume("latest", str(tmp_path)).endswith("checkpoint-10")
+    (tmp_path / "checkpoint-11").mkdir()  # killed while it saved
     assert resolve_resume("latest", str(tmp_path)).endswith("checkpoint-10")
     assert resolve_resume(None, str(tmp_path)) is None
-    with pytest.raises(ValueError, match="no checkpoint-N"):
+    with pytest.raises(ValueError, match="no complete checkpoint-N"):
         resolve_resume("latest", str(tmp_path / "empty"))
     with pytest.raises(ValueError, match="not a checkpoint folder"):
         resolve_resume(str(tmp_path), str(tmp_path))
@@ -229,3 +233,91 @@ def test_a_feature_cache_refuses_a_tower_that_zero3_has_partitioned(tiny_run, tm
     next(model.model.vision_tower.parameters()).ds_id = 0  # how DeepSpeed marks a partitioned parameter
     with pytest.raises(ValueError, match="ZeRO-3"):
         FeatureCache(tmp_path, model, processor)
+
+
+def test_a_bad_row_counts_once_however_often_it_is_read(tiny_run):
+    root = tiny_run.root / "data"
+    rows = json.loads((root / "data.json").read_text())
+    rows[5]["image"] = "missing.png"
+    (root / "once.json").write_text(json.dumps(rows))
+    data = str(root / "once.json")
+    folder = tiny_run(
+        "--data_path", data, "--max_steps", "13", "--max_bad_samples", "1", "--logging_steps", "13",
+    )  # fmt: skip
+    assert log_of(folder)[-1]["dropped_rows"] == 1  # 6 steps per epoch: read three times
+
+
+def test_the_best_model_is_what_a_run_ends_with_if_asked_for(tiny_run, max_difference, tmp_path):
+    data = str(tiny_run.root / "data" / "data.json")
+    folder = tiny_run(
+        "--eval_data_path", data, "--eval_strategy", "steps", "--eval_steps", "2", "--save_strategy", "steps",
+        "--save_steps", "2", "--load_best_model_at_end", "true", "--max_steps", "4", "--learning_rate", "30",
+        "--output_dir", str(tmp_path / "run"),
+    )  # fmt: skip
+    state = json.loads((folder / "trainer_state.json").read_text())
+    assert state["best_global_step"] == 2  # such a step leads uphill, so the last one is worse
+    assert max_difference(folder, folder / "checkpoint-2") == 0
+    assert max_difference(folder, folder / "checkpoint-4") > 0
+
+
+def test_the_resolved_recipe_of_a_run_gives_the_same_run(tiny_run, max_difference, tmp_path):
+    from cal_train.cli.recipe import load_recipe
+    from cal_train.train.run import train
+
+    first = tiny_run("--cal", "--activation_checkpointing_kwargs", '{"use_reentrant": false}')
+    second = train(load_recipe(first / "recipe.yaml", ("--output_dir", str(tmp_path / "again"))))
+    assert max_difference(first, second) == 0
+    assert max_difference(second, tiny_run.root / "vlm") > 1e-3
+
+
+def test_idle_sampling_options_of_the_start_model_do_not_end_the_run_at_its_first_save(tiny_run, tmp_path, caplog):
+    start = tmp_path / "vlm"
+    shutil.copytree(tiny_run.root / "vlm", start)
+    settings = json.loads((start / "generation_config.json").read_text())
+    (start / "generation_config.json").write_text(json.dumps(settings | {"temperature": 0.9, "top_p": 0.6}))
+    folder = tiny_run("--model_name_or_path", str(start), "--max_steps", "1")
+    assert "temperature, top_p dropped" in caplog.text
+    saved = json.loads((folder / "generation_config.json").read_text())
+    assert "temperature" not in saved and "top_p" not in saved
+
+
+def test_ranks_share_the_features_whatever_the_other_has_already_written(tiny_run, tmp_path):
+    from cal_train.data.dataset import Source, VlmDataset
+    from cal_train.train.features import FeatureCache
+
+    folder, root = tiny_run.root / "vlm", tiny_run.root / "data"
+    model = AutoModelForImageTextToText.from_pretrained(folder).requires_grad_(False)
+    processor = AutoProcessor.from_pretrained(folder, backend="pil")
+    dataset = VlmDataset([Source(root / "data.json", root / "images")], processor, "chat", 2048)
+    for rank in (0, 1):  # the second starts late and finds the first one's shard on the disk
+        cache = FeatureCache(tmp_path, model, processor)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.distributed, "barrier", lambda: None)
+            cache.fill(dataset, torch.device("cpu"), rank=rank, world_size=2, show_progress=False)
+    assert all(cache(image) is not None for image in dataset.iter_images())
+
+
+def test_flash_attention_is_for_the_language_model_and_other_kinds_for_every_part(tiny_run):
+    from cal_train.train.run import attention_per_part
+
+    flash = attention_per_part("flash_attention_2")
+    assert flash == {"text_config": "flash_attention_2", "vision_config": "sdpa"}
+    folder = tiny_run.root / "vlm"
+    per_part = {part: name.replace("flash_attention_2", "eager") for part, name in flash.items()}  # what a CPU has
+    model = AutoModelForImageTextToText.from_pretrained(folder, attn_implementation=per_part)
+    assert model.model.language_model.config._attn_implementation == "eager"
+    assert model.model.vision_tower.config._attn_implementation == "sdpa"
+    model = AutoModelForImageTextToText.from_pretrained(folder, attn_implementation=attention_per_part("eager"))
+    assert model.model.vision_tower.config._attn_implementation == "eager"
+
+
+def test_the_command_that_a_run_names_at_its_end_works(tiny_run, tmp_path, caplog, monkeypatch):
+    from cal_train.cli.main import main
+
+    monkeypatch.chdir(tmp_path)
+    with caplog.at_level("INFO", logger="cal_train"):
+        tiny_run("--image_position", "front", "--max_steps", "1")
+    command = caplog.text.split("Next: cal-train ")[1].splitlines()[0].split()
+    assert command[-4:-2] == ["--image_position", "front"]
+    assert main(command) == 0
+    assert len((tmp_path / "scores.jsonl").read_text().splitlines()) == 24
