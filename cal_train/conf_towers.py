@@ -1,0 +1,132 @@
+"""Every option of a tower recipe, with its default, its unit and where the default comes from.
+
+A recipe (YAML) and the command line fill these dataclasses (`cal_train.cli.tower_recipe`); they stop at the entry
+points: everything below takes plain arguments. What belongs to one objective (scale, bias, widths, weights of its
+terms) is documented at its class and goes into ``objective_options``.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from transformers import TrainingArguments
+
+
+@dataclass
+class TowerArguments:
+    """Which towers are trained, by which objective."""
+
+    objective: str = field(metadata={"help": "clip, siglip, coca, sycoca, sparc, llip or filip."})
+    objective_options: dict = field(
+        default_factory=dict,
+        metadata={"help": "Mapping of the objective's own options (`cal_train/objectives/NAME.py`)."},
+    )
+    vision_tower: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder of a CLIP, SigLIP or DINOv2 tower (or of a dual encoder), or the mapping of a Hugging Face "
+            "configuration with model_type, to start from random weights."
+        },
+    )
+    text_tower: dict | str | None = field(
+        default=None, metadata={"help": "Folder of a text encoder, or a configuration with model_type."}
+    )
+    tokenizer: str | None = field(
+        default=None, metadata={"help": "Folder of a tokenizer. Default: the folder of text_tower."}
+    )
+    text_pooling: str | None = field(
+        default=None,
+        metadata={
+            "help": "eos, last, mean, first or cls_appended. Default: cls_appended for coca and sycoca, which need it, "
+            "else eos (CLIP)."
+        },
+    )
+    image_size: int | None = field(
+        default=None, metadata={"help": "Side of the images in pixels. Default: the vision tower's own."}
+    )
+    context_length: int | None = field(
+        default=None, metadata={"help": "Tokens per caption, special ones included. Default: the text tower's own."}
+    )
+    num_mixture_tokens: int = field(
+        default=0, metadata={"help": "Llip's learned tokens, which replace the class token (paper: 32 for B/16)."}
+    )
+    patch_dropout: float = field(
+        default=0.0, metadata={"help": "Share of patches left out in training, [0, 1). FLIP (arXiv:2212.00794): 0.5."}
+    )
+    lock: Literal["image", "text"] | None = field(
+        default=None, metadata={"help": "Tower that stays as it is (LiT, arXiv:2111.07991: image)."}
+    )
+    vision_tower_lr: float | None = field(default=None, metadata={"help": "Learning rate of the vision tower."})
+    text_tower_lr: float | None = field(default=None, metadata={"help": "Learning rate of the text tower."})
+    pretrained_weight_decay: float | None = field(
+        default=None,
+        metadata={
+            "help": "Weight decay of towers that come from a folder. SigLIP (arXiv:2303.15343): 0. "
+            "Default: weight_decay."
+        },
+    )
+    global_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Pairs that are contrasted with each other, over all ranks; sets per_device_train_batch_size. The "
+            "number of ranks must divide it."
+        },
+    )
+    grad_cache_chunk: int | None = field(
+        default=None,
+        metadata={
+            "help": "Pairs per device whose activations are held at a time (GradCache, arXiv:2101.06983). Off: null. "
+            "Costs one more forward pass; the gradient is that of the whole batch."
+        },
+    )
+
+
+@dataclass
+class TowerEvalArguments:
+    """What is measured during training, every ``eval_steps`` (with ``eval_strategy: steps``)."""
+
+    eval_data_path: str | None = field(
+        default=None, metadata={"help": "Pairs for retrieval in both directions: R@1, R@5, R@10."}
+    )
+    eval_image_folder: str | None = field(
+        default=None, metadata={"help": "Image root of eval_data_path. Default: the file's folder."}
+    )
+    zero_shot_data_path: str | None = field(
+        default=None,
+        metadata={"help": "Images whose caption is the name of their class: zero-shot accuracy."},
+    )
+    zero_shot_image_folder: str | None = field(
+        default=None, metadata={"help": "Image root of zero_shot_data_path. Default: the file's folder."}
+    )
+    zero_shot_templates: list[str] | None = field(
+        default=None, metadata={"help": "Prompts with {} for the class name. Default: four neutral ones."}
+    )
+
+
+@dataclass
+class TowerTrainingArguments(TrainingArguments):
+    """Hugging Face's arguments with the defaults that this trainer needs."""
+
+    report_to: None | str | list[str] = field(  # noqa: RUF036 (the order that HfArgumentParser reads)
+        default="tensorboard", metadata={"help": "tensorboard, wandb, trackio, none, or a list."}
+    )
+    logging_steps: float = field(default=10, metadata={"help": "Optimizer steps between two log lines."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Fixed: the data set makes the batch."})
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Fixed: a loss that is not finite stops the run and names its samples."}
+    )
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints that are kept."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule (CLIP, section 2.5: cosine)."})
+    weight_decay: float = field(
+        default=0.2, metadata={"help": "Of everything with two dimensions or more (CLIP, appendix F: 0.2)."}
+    )
+    adam_beta2: float = field(
+        default=0.98, metadata={"help": "CLIP, appendix F: 0.98 for ViTs; SigLIP and Llip: 0.95."}
+    )
+    adam_epsilon: float = field(default=1e-6, metadata={"help": "CLIP, appendix F: 1e-6 for ViTs."})
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Not needed: every trainable parameter gets a gradient in every step."}
+    )
+    dataloader_num_workers: int = field(default=2, metadata={"help": "Processes that decode images and tokenize."})
+    dataloader_drop_last: bool = field(
+        default=True, metadata={"help": "Fixed: a contrastive batch must be equally large on all ranks."}
+    )

@@ -1,0 +1,233 @@
+"""The endless supply of batches: workers that follow the plan, a position that is a number, and the bookkeeping."""
+
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from cal_train.data.pair_batches import BatchMaker, PairBatch
+from cal_train.data.pair_files import Blocks, open_source
+from cal_train.data.pair_plan import EpochPlan, Share
+from cal_train.data.pairs import Pair, PairSource
+from cal_train.types import DropCount, Problem
+
+logger = logging.getLogger(__name__)
+
+
+class PairStream(IterableDataset):
+    """The batches of one rank, from a position on; every worker makes those whose number is its own modulo workers."""
+
+    def __init__(
+        self,
+        sources: Sequence[PairSource],
+        maker: BatchMaker,
+        batch_size: int,
+        share: Share = Share(),  # noqa: B008 (frozen)
+        shuffle_pool: int = 4096,
+        seed: int = 0,
+    ):
+        """Open the sources.
+
+        Args:
+            sources: The mixture.
+            maker: Makes the batches.
+            batch_size: Pairs of a batch on one rank.
+            share: Rank and number of ranks.
+            shuffle_pool: Encoded rows that a worker holds and mixes.
+            seed: Of order, crops and captions; equal on all ranks.
+
+        Raises:
+            ValueError: If a source cannot be read or is empty, the batch size does not fit the captions per image, or
+                there are fewer pairs than one batch per rank.
+        """
+        images, rest = divmod(batch_size, maker.captions_per_image)
+        if rest or images < 1:
+            raise ValueError(f"batch size {batch_size} is no multiple of captions_per_image {maker.captions_per_image}")
+        self.blocks: list[Blocks] = [open_source(source) for source in sources]
+        if not self.blocks:
+            raise ValueError("no data: give data_path, or a list of sources under data")
+        lengths, weights = [blocks.lengths for blocks in self.blocks], [source.weight for source in sources]
+        self.plan = EpochPlan(lengths, weights, images, shuffle_pool, seed)
+        self.maker, self.share, self.batch_size = maker, share, batch_size
+        self.position = 0
+        if not len(self):
+            raise ValueError(
+                f"{int(self.plan.source_rows.sum())} images do not fill a batch of {images} images on each of "
+                f"{share.world_size} ranks: lower the batch size, or add data"
+            )
+
+    def __len__(self) -> int:
+        return self.plan.num_batches(self.share.world_size)
+
+    def __iter__(self) -> Iterator[PairBatch]:
+        # DataLoader asks its worker 0 first, whatever the position is.
+        info = get_worker_info()
+        turn, num_workers = (info.id, info.num_workers) if info else (0, 1)
+        first = self.position + turn
+        share = replace(self.share, worker=first % num_workers, num_workers=num_workers)
+        return self._lane(share, first // num_workers)
+
+    def _lane(self, share: Share, start: int) -> Iterator[PairBatch]:
+        """Yield the batches of a lane from its batch ``start`` on."""
+        lane, plan = self.plan.lane(share), self.plan
+        for number in range(start // lane.batches_per_window, -(-lane.num_batches // lane.batches_per_window)):
+            pieces, order = lane.window(number)
+            rows: list[Pair | Problem] = []
+            for piece in pieces:
+                rows.extend(self.blocks[piece.source].read(piece.block, piece.start, piece.stop))
+            first = number * lane.batches_per_window
+            for batch in range(max(start, first), first + len(order) // plan.rows_per_batch):
+                order_from_here = np.roll(order, -(batch - first) * plan.rows_per_batch).tolist()
+                chosen, spare = order_from_here[: plan.rows_per_batch], order_from_here[plan.rows_per_batch :]
+                rng = np.random.default_rng([plan.seed, plan.epoch, 4, share.rank, share.worker, batch])
+                yield self.maker.make(rows, chosen, spare, rng)
+
+
+@dataclass
+class PairReport:
+    """What has happened since the start of this process, on this rank.
+
+    ``bad`` counts each bad row once, however often it came up, and what opening the files has found.
+    """
+
+    batches: int = 0
+    bad: DropCount = field(default_factory=DropCount)
+    num_cut: int = 0
+    num_repeated: int = 0
+    _seen: set[tuple[str, int]] = field(default_factory=set)
+
+    def add(self, batch: PairBatch) -> None:
+        """Count a batch."""
+        self.batches += 1
+        self.num_cut += batch.num_cut
+        self.num_repeated += batch.num_repeated
+        self.add_problems(batch.dropped)
+
+    def add_problems(self, problems: Sequence[Problem]) -> None:
+        """Count problems whose row is new, and keep the first hundred."""
+        for problem in problems:
+            if (problem.file, problem.row) in self._seen:
+                continue
+            self._seen.add((problem.file, problem.row))
+            self.bad.count += 1
+            if len(self.bad.problems) < 100:
+                self.bad.problems.append(problem)
+            logger.warning("left out: %s", problem)
+
+
+class PairLoader:
+    """Batches of one rank as dicts of tensors, epoch after epoch; goes on exactly where a saved state stood.
+
+    Iterating runs to the end of the current epoch; the next iteration is the next epoch. All ranks have equally many
+    batches in an epoch. Every rank's state is the same, so one saved state serves all.
+    """
+
+    def __init__(
+        self,
+        stream: PairStream,
+        num_workers: int = 0,
+        max_bad_samples: int = 0,
+        batch_timeout_s: float = 600,
+        pin_memory: bool = False,
+    ):
+        """Prepare the workers.
+
+        Args:
+            stream: The batches.
+            num_workers: Processes that read and decode; 0 works in this process. The order of rows depends on it.
+            max_bad_samples: Bad rows of this rank before an error.
+            batch_timeout_s: Seconds that workers may take for a batch.
+            pin_memory: Whether batches are put into page-locked memory.
+
+        Raises:
+            ValueError: If opening the sources has found more problems than allowed.
+        """
+        self.stream, self.num_workers, self.max_bad_samples = stream, num_workers, max_bad_samples
+        self.batch_timeout_s, self.pin_memory = batch_timeout_s, pin_memory
+        self.report, self.last_sample_ids = PairReport(), list[str]()
+        self._wait_s = 0.0
+        self.report.add_problems([problem for blocks in stream.blocks for problem in blocks.problems])
+        self._check_bad()
+
+    def __len__(self) -> int:
+        """Return the batches of a whole epoch."""
+        return len(self.stream)
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        batches = iter(
+            DataLoader(
+                self.stream,
+                batch_size=None,
+                num_workers=self.num_workers,
+                timeout=self.batch_timeout_s if self.num_workers else 0,
+                pin_memory=self.pin_memory,
+                # Or DataLoader draws from the global generator, and a resumed run has another one.
+                generator=torch.Generator().manual_seed(self.stream.plan.seed),
+            )
+        )
+        while self.stream.position < len(self):
+            start = time.perf_counter()
+            batch: PairBatch = next(batches)
+            self._wait_s += time.perf_counter() - start
+            self.report.add(batch)
+            self._check_bad()
+            self.last_sample_ids = batch.sample_ids
+            self.stream.position += 1
+            yield batch.inputs
+        self.set_epoch(self.stream.plan.epoch + 1)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go to the beginning of an epoch, unless it is the current one."""
+        if epoch != self.stream.plan.epoch:
+            self.stream.plan = replace(self.stream.plan, epoch=epoch)
+            self.stream.position = 0
+
+    def read_and_reset_wait_s(self) -> float:
+        """Return the seconds spent waiting for batches since the last call."""
+        wait_s, self._wait_s = self._wait_s, 0.0
+        return wait_s
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position in the stream, and all that its meaning depends on; plain numbers."""
+        return {"epoch": self.stream.plan.epoch, "position": self.stream.position, **self._layout()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go to a saved position.
+
+        Raises:
+            ValueError: If data, seed, batch size, ranks or workers are not those of the saved run.
+        """
+        for name, value in self._layout().items():
+            if state[name] != value:
+                raise ValueError(
+                    f"the saved stream position is for {name} {state[name]}, this run has {value}: set it back to go "
+                    "on exactly, or start the data from the beginning of an epoch"
+                )
+        self.set_epoch(int(state["epoch"]))
+        self.stream.position = int(state["position"])
+        if self.stream.position >= len(self):
+            self.set_epoch(self.stream.plan.epoch + 1)
+
+    def _layout(self) -> dict[str, Any]:
+        plan = self.stream.plan
+        return {
+            "seed": plan.seed,
+            "batch_size": self.stream.batch_size,
+            "captions_per_image": self.stream.maker.captions_per_image,
+            "world_size": self.stream.share.world_size,
+            "num_workers": self.num_workers,
+            "shuffle_pool": plan.window_rows,
+            "rows": [len(lengths) for lengths in plan.block_lengths] + plan.source_rows.tolist(),
+        }
+
+    def _check_bad(self) -> None:
+        bad = self.report.bad
+        if bad.count > self.max_bad_samples:
+            raise ValueError(
+                f"{bad.count} bad rows, max_bad_samples is {self.max_bad_samples}; the last of them: {bad.problems[-1]}"
+            )
