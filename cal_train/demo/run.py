@@ -69,7 +69,7 @@ class Cost:
 
 def demo_plan(recipes: Path) -> Plan:
     """Return the demo of ``make demo``: minutes on two cores."""
-    return Plan("demo", Path(".cache/demo"), Path("runs/demo"), recipes, 5000, 12800, (0,))
+    return Plan("demo", Path(".cache/demo"), Path("runs/demo"), recipes, 5000, 11200, (0,))
 
 
 def long_plan(recipes: Path) -> Plan:
