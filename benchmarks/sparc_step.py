@@ -51,6 +51,9 @@ def b16(is_small: bool) -> TwoTower:
             "num_attention_heads": text // 32,
             "max_position_embeddings": TEXT_LENGTH,
             "vocab_size": 32_000,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
         },
     )
 

@@ -175,6 +175,10 @@ def test_the_prediction_does_not_know_what_it_has_to_paint(towers, batch):
 
     before = predict(batch["pixel_values"])
     assert before.shape == (4, 8, 48)
+    assert (before[:, 0] - before[:, 1]).abs().amax() > 1e-6  # each place is painted as such
+    target = patchify(batch["pixel_values"], 4).gather(1, hidden[..., None].expand(-1, -1, 48))
+    terms, _ = sycoca.local_terms(towers, batch["pixel_values"], outputs)
+    torch.testing.assert_close(terms["tg_mim"].sum, reconstruction_term(before, target, normalize_target=True).sum)
     torch.testing.assert_close(predict(with_noise(batch["pixel_values"], high)), before)
     assert (predict(with_noise(batch["pixel_values"], ~high)) - before).abs().amax() > 1e-6
     padded = outputs.text_tokens + (~outputs.text_mask[..., None]) * 100
