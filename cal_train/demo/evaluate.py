@@ -31,7 +31,8 @@ class Answers:
     """What a model made of a split. Q questions, N answer tokens (end marks included) of all questions.
 
     ``is_right`` and ``is_right_blind`` (Q,) bool; ``types`` and ``scenes`` (Q,) str; ``delta`` (N,) target logit with
-    minus without the image; ``is_visual`` (N,) bool: the token belongs to what only the picture tells.
+    minus without the image; ``is_visual`` (N,) bool: the token belongs to what only the picture tells; ``token_types``
+    (N,) str: the type of the token's question.
     """
 
     types: np.ndarray
@@ -40,6 +41,7 @@ class Answers:
     is_right_blind: np.ndarray
     delta: np.ndarray
     is_visual: np.ndarray
+    token_types: np.ndarray
 
 
 @torch.no_grad()
@@ -73,6 +75,7 @@ def answer_split(model_folder: Path, data: Path, features: Path | None = None, b
             ids = labels.ids[labels.rows == row].tolist()
             columns["is_visual"] += visual_tokens(processor.tokenizer, texts[row_id], turn["spans"], ids)
             columns["types"].append(turn["type"])
+            columns["token_types"] += [turn["type"]] * len(ids)
             columns["scenes"].append(turn["scene"])
         columns["is_right"] += seen.tolist()
         columns["is_right_blind"] += blind.tolist()

@@ -3,8 +3,8 @@
 It plays the part that Vicuna plays in LLaVA: before it ever gets an image it knows the words, writes the answers'
 sentences, and can look something up in what stands before the question. Where the VLM gets an image, its texts have the
 picture in words, one word for each patch; so what stage 1 has to teach the projector is to write drawings as words.
-Some texts have no picture, so that the model can also guess, as any language model can. All concepts occur in the texts,
-the held-out ones too; which drawing belongs to which word no text tells.
+Some texts have no picture, so that the model can also guess, as any language model can. All concepts occur in the
+texts, the held-out ones too; which drawing belongs to which word no text tells.
 """
 
 from collections.abc import Iterator, Sequence
@@ -37,7 +37,7 @@ VOCAB_SIZE = 1024
 SPECIAL_TOKENS = ("<pad>", IMAGE_MARK, "<|im_start|>", "<|im_end|>")
 CAPTION_SHARE = 0.25
 """Share of the texts that are captions; the others are conversations."""
-GUESS_SHARE = 0.25
+GUESS_SHARE = 0.15
 """Share of the texts without a picture."""
 
 

@@ -69,7 +69,7 @@ class Cost:
 
 def demo_plan(recipes: Path) -> Plan:
     """Return the demo of ``make demo``: minutes on two cores."""
-    return Plan("demo", Path(".cache/demo"), Path("runs/demo"), recipes, 5000, 11200, (0,))
+    return Plan("demo", Path(".cache/demo"), Path("runs/demo"), recipes, 5000, 14400, (0,))
 
 
 def long_plan(recipes: Path) -> Plan:
@@ -184,7 +184,7 @@ def report(
         baseline, cal = pooled(answers[split, "baseline"]), pooled(answers[split, "cal"])
         lines += compare(split, baseline, cal)
         for name, pool in (("baseline", baseline), ("CAL", cal)):
-            detectors[f"{split}, {name}"] = area_under_curve(pool.delta, pool.is_visual)
+            detectors |= {f"{split}, {name}, {type_}": value for type_, value in detection(pool).items()}
     console.rule("results")
     console.print(table_of(lines))
     console.print(detector_table(detectors))
@@ -199,6 +199,15 @@ def report(
     console.print(f"results: {plan.runs / 'results.md'}   heat map: {picture}")
     console.print(f"next: cal-train preview {plan.recipes / 'finetune.yaml'} --rows 3")
     return plan.runs
+
+
+def detection(answers: Answers) -> dict[str, float]:
+    """Return delta's AUC as a detector of what only the picture tells, over all answer tokens and by question type."""
+    by_type = {ALL: area_under_curve(answers.delta, answers.is_visual)}
+    for type_ in dict.fromkeys(answers.types):
+        chosen = answers.token_types == type_
+        by_type[str(type_)] = area_under_curve(answers.delta[chosen], answers.is_visual[chosen])
+    return by_type
 
 
 def pooled(runs: Sequence[Answers]) -> Answers:
@@ -225,7 +234,7 @@ def verdicts(lines: Sequence[Comparison]) -> list[str]:
 
 def detector_table(detectors: dict[str, float]) -> Table:
     """Return delta's AUC as a detector of the words that only the image tells."""
-    table = Table("split and model", "AUC", title="delta as a detector of visual tokens (0.5 = chance)")
+    table = Table("split, model and question", "AUC", title="delta as a detector of visual tokens (0.5 = chance)")
     for name, value in detectors.items():
         table.add_row(name, f"{value:.3f}")
     return table

@@ -19,7 +19,7 @@ from cal_train.demo.evaluate import Answers
 def answers(types, scenes, is_right, blind=None):
     right = np.array(is_right, bool)
     blind = np.zeros(len(right), bool) if blind is None else np.array(blind, bool)
-    return Answers(np.array(types), np.array(scenes), right, blind, np.zeros(0), np.zeros(0, bool))
+    return Answers(np.array(types), np.array(scenes), right, blind, np.zeros(0), np.zeros(0, bool), np.zeros(0, str))
 
 
 def test_auc_is_the_share_of_pairs_in_the_right_order():

@@ -13,15 +13,14 @@ from cal_train.data.conversation import load_template
 from cal_train.demo.assets import Assets
 from cal_train.demo.concepts import CONCEPTS, HELD_OUT_CONCEPTS
 from cal_train.demo.evaluate import answer_split, visual_tokens
-from cal_train.demo.language_model import documents, train_tokenizer
-from cal_train.demo.scenes import QUESTION_TYPES
+from cal_train.demo.language_model import documents, in_words, train_tokenizer
 from cal_train.demo.splits import TEST_SPLITS, write_splits
 from cal_train.testing import tiny_llava, tiny_processor
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return train_tokenizer(list(islice(documents(0), 600)))
+    return train_tokenizer([in_words(text) for text in islice(documents(0), 600)])
 
 
 @pytest.fixture(scope="module")
@@ -149,15 +148,25 @@ def test_visual_tokens_are_those_that_overlap_a_span(tokenizer):
 def test_splits_have_their_files_and_images_and_ask_one_question_at_a_time(splits):
     _, files = splits
     assert set(files) == {"pretrain", "finetune", *TEST_SPLITS}
-    for name, path in files.items():
+    for path in files.values():
         rows, truth = json.loads(path.read_text()), json.loads(path.with_suffix(".truth.json").read_text())
         assert [row["id"] for row in rows] == list(truth)
         for row in rows:
             assert (path.parent / row["image"]).is_file()
             turns = row["conversations"]
-            assert len(turns) == 2 * len(truth[row["id"]]) == 2 * (len(QUESTION_TYPES) if name == "finetune" else 1)
+            assert len(turns) == 2 * len(truth[row["id"]]) == 2
             for turn, fact in zip(turns[1::2], truth[row["id"]], strict=True):
                 assert all(0 <= a < b <= len(turn["value"]) for a, b in fact["spans"])
+
+
+def test_a_training_picture_is_asked_about_a_few_times_and_never_twice_the_same(splits):
+    _, files = splits
+    asked = {}
+    for row in json.loads(files["finetune"].read_text()):
+        asked.setdefault(row["image"], []).append(row["conversations"][0]["value"])
+    assert len(asked) == 6 and all(1 <= len(questions) <= 4 for questions in asked.values())
+    assert all(len(set(questions)) == len(questions) for questions in asked.values())
+    assert max(map(len, asked.values())) > 1
 
 
 def test_no_training_file_names_a_held_out_concept_and_every_held_out_row_shows_one(splits):

@@ -25,6 +25,7 @@ from cal_train.demo.run import (
     Plan,
     compose_model,
     costs_as_markdown,
+    detection,
     pooled,
     run_verb,
     train_stage,
@@ -46,7 +47,8 @@ def plan(folder, texts=600):
 
 def answers(scenes, is_right):
     right, n = np.array(is_right, bool), len(scenes)
-    return Answers(np.full(n, "name"), np.array(scenes), right, ~right, np.arange(n, dtype=float), right)
+    names = np.full(n, "name")
+    return Answers(names, np.array(scenes), right, ~right, np.arange(n, dtype=float), right, names)
 
 
 def line(**values):
@@ -153,6 +155,15 @@ def test_without_texts_the_fetched_gguf_file_is_composed(tmp_path, monkeypatch):
     assert command[0] == "compose" and options["--gguf_file"] == GGUF_FILE
     assert options["--llm"] == str(tmp_path / "cache" / "smollm2")
     assert options["--standardize_on"] == str(tmp_path / "images")
+
+
+def test_delta_is_judged_as_a_detector_over_all_and_for_each_type_of_question():
+    delta = np.array([3.0, 1.0, 0.0, 2.0])
+    types = np.array(["name", "name", "count", "count"])
+    is_visual = np.array([True, False, True, False])
+    unused = np.zeros(2, bool)
+    found = detection(Answers(np.array(["name", "count"]), unused, unused, unused, delta, is_visual, types))
+    assert found == {"all": 0.5, "name": 1.0, "count": 0.0}
 
 
 def test_a_demo_in_parts_goes_on_where_it_stopped_and_keeps_what_is_finished(tmp_path, monkeypatch):

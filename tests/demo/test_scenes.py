@@ -9,8 +9,10 @@ from cal_train.demo.concepts import CONCEPTS, HELD_OUT_CONCEPTS, TRAIN_CONCEPTS
 from cal_train.demo.scenes import (
     PLACES,
     QUESTION_TYPES,
+    TRAINING_SHARES,
     ask,
     ask_about_subject,
+    ask_for_training,
     caption,
     caption_spans,
     sample_held_out_scene,
@@ -208,3 +210,15 @@ def test_every_group_has_three_trained_concepts_and_one_held_out():
     assert sorted(Counter(c.group for c in HELD_OUT_CONCEPTS).values()) == [1] * 8
     assert {c.group for c in TRAIN_CONCEPTS} == {c.group for c in HELD_OUT_CONCEPTS}
     assert not set(TRAIN_CONCEPTS) & set(HELD_OUT_CONCEPTS)
+
+
+def test_training_questions_come_in_their_shares_and_are_true():
+    rng, counts = np.random.default_rng(3), Counter()
+    for i in range(NUM_SCENES):
+        scene = sample_scene(rng, f"t{i}")
+        (turn,) = ask_for_training(scene, rng, 1)
+        assert visual(turn) == true_answer(scene, turn)
+        counts[turn.type] += 1
+    assert sum(TRAINING_SHARES.values()) == pytest.approx(1) and set(TRAINING_SHARES) == set(QUESTION_TYPES)
+    for type_, share in TRAINING_SHARES.items():
+        assert abs(counts[type_] / NUM_SCENES - share) < 4 * (share * (1 - share) / NUM_SCENES) ** 0.5, type_
