@@ -94,3 +94,20 @@ def test_the_reference_step_does_not_use_the_code_it_is_compared_with(steps):
     assert len(bodies) == 2
     names = {node.id for body in bodies for node in ast.walk(body) if isinstance(node, ast.Name)}
     assert not names & {"VlmTrainer", "STRATEGIES", "TokenWeighting", "attach_step"}
+
+
+@pytest.mark.slow
+def test_tower_losses_prints_every_loss_at_every_size_and_writes_what_it_measured(tmp_path):
+    pytest.importorskip("open_clip", reason="the bench extra is not installed")
+    printed = run_small("tower_losses", tmp_path)
+    for name in ("CLIP", "SigLIP", "open_clip", "2048"):
+        assert name in printed, name
+    written = json.loads((tmp_path / "tower_losses.json").read_text(encoding="utf-8"))
+    assert {"command", "date", "git_commit", "packages", "cpu", "load_at_start", "threads"} <= set(written["facts"])
+    assert len(written["data"]) >= 2
+
+
+@pytest.mark.slow
+def test_sparc_step_prints_its_share_of_clips_step(tmp_path):
+    printed = run_small("sparc_step", tmp_path)
+    assert "FLOP" in printed and "SPARC" in printed
