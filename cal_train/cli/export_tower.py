@@ -5,6 +5,9 @@ import logging
 from pathlib import Path
 
 from cal_train.towers.export import export_tower
+from cal_train.train.tower_checkpoint import SETTINGS_FILE, objective_heads
+
+logger = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,5 +22,11 @@ def run(args: argparse.Namespace) -> int:
     """Export the tower, and say where it is."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("cal_train").setLevel(logging.INFO)
+    if (args.checkpoint / SETTINGS_FILE).is_file():
+        logger.info(
+            "dropped: %s. A VLM reads the tower's patch tokens; what the objective makes of them, pooled tokens "
+            "included, has no place in the tower's class",
+            objective_heads(args.checkpoint),
+        )
     print(f"wrote {export_tower(args.checkpoint, args.output)}")
     return 0

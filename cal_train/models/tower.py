@@ -5,8 +5,10 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from transformers import AutoImageProcessor, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+
+from cal_train.towers.loading import stored_image_processor
 
 
 @torch.no_grad()
@@ -47,12 +49,7 @@ def load_image_processor(
     Raises:
         ValueError: If the folder has no preprocessor configuration.
     """
-    if not any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
-        raise ValueError(
-            f"vision tower {folder} has no preprocessor_config.json, which says how its images were normalised: "
-            "copy it from where the tower came from"
-        )
-    own = AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
+    own = stored_image_processor(folder)
     own_size = own.crop_size if own.do_center_crop else own.size
     side = image_size or own_size["height"] or own_size["shortest_edge"]
     return LlavaImageProcessorPil(

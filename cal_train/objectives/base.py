@@ -59,6 +59,9 @@ class Objective(Protocol):
     loss_weights: Mapping[str, float]
     """Lambda of every term by name."""
 
+    reads: tuple[str, ...]
+    """Fields of `TowerOutputs` that it trains by: what only the others need gets no gradient."""
+
     def image_features(self, outputs: TowerOutputs) -> Features:
         """Return all that other samples, and `score`, need to know of the images."""
         ...

@@ -28,6 +28,7 @@ from cal_train.objectives.similarity import (
     positive_sums,
     projection,
     required,
+    scaled_cosines,
     tiles,
     unit,
 )
@@ -181,6 +182,8 @@ class _TiledLogSumExps(torch.autograd.Function):
 class Clip(nn.Module):
     """Two linear heads into the shared space, a learned scale, and the loss above."""
 
+    reads = ("image_pooled", "text_pooled")
+
     def __init__(
         self,
         shape: TowerShape,
@@ -237,9 +240,7 @@ class Clip(nn.Module):
 
     def score(self, images: Features, texts: Features) -> Tensor:
         """Return the scaled cosines (I, T)."""
-        with exact_products(images["image_embeds"]):
-            image_IE, text_TE = unit(images["image_embeds"]), unit(texts["text_embeds"])
-            return as_scalar(self.log_scale.exp(), image_IE) * image_IE @ text_TE.T
+        return scaled_cosines(images["image_embeds"], texts["text_embeds"], self.log_scale.exp())
 
     def clamp_(self) -> None:
         """Keep the scale within [1, 100]."""

@@ -77,6 +77,8 @@ def caption_term(
 class Coca(nn.Module):
     """The CoCa objective: ``lambda_con * CLIP + lambda_cap * captioning``, with cascaded attention poolers."""
 
+    reads = ("patch_tokens", "text_pooled", "text_tokens")
+
     def __init__(
         self,
         shape: TowerShape,

@@ -185,6 +185,8 @@ def _positive_mean(similarity_bB: Tensor, ids_b: Tensor | None, ranks: Ranks) ->
 class Filip(nn.Module):
     """Two linear heads for patches and words, a learned scale, and the loss above."""
 
+    reads = ("patch_tokens", "text_tokens")
+
     def __init__(
         self,
         shape: TowerShape,

@@ -7,7 +7,8 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from cal_train.objectives.similarity import unit
 
 
 @torch.no_grad()
@@ -16,7 +17,7 @@ def alignment(first_NE: Tensor, second_NE: Tensor) -> Tensor:
 
     Source: Wang and Isola 2020, arXiv:2005.10242, with alpha = 2.
     """
-    return (_unit(first_NE) - _unit(second_NE)).square().sum(1).mean()
+    return (unit(first_NE) - unit(second_NE)).square().sum(1).mean()
 
 
 @torch.no_grad()
@@ -27,7 +28,7 @@ def uniformity(embeds_NE: Tensor, t: float = 2.0) -> Tensor:
 
     Source: Wang and Isola 2020, arXiv:2005.10242, t = 2.
     """
-    unit_NE = _unit(embeds_NE)
+    unit_NE = unit(embeds_NE)
     num_pairs = len(unit_NE) * (len(unit_NE) - 1) // 2
     if num_pairs == 0:
         return unit_NE.new_zeros(())
@@ -42,7 +43,7 @@ def modality_gap(images_NE: Tensor, texts_ME: Tensor) -> Tensor:
 
     Source: Liang et al. 2022, arXiv:2203.02053, section 2.
     """
-    return (_unit(images_NE).mean(0) - _unit(texts_ME).mean(0)).norm()
+    return (unit(images_NE).mean(0) - unit(texts_ME).mean(0)).norm()
 
 
 @torch.no_grad()
@@ -53,7 +54,7 @@ def effective_rank(embeds_NE: Tensor) -> Tensor:
 
     Source: Roy and Vetterli 2007, "The effective rank". Differs: the rows are normalised and centred first.
     """
-    unit_NE = _unit(embeds_NE)
+    unit_NE = unit(embeds_NE)
     values = torch.linalg.svdvals(unit_NE - unit_NE.mean(0))
     if values.sum() <= len(unit_NE) * torch.finfo(values.dtype).eps:
         return values.new_zeros(())
@@ -71,8 +72,3 @@ def geometry(images_NE: Tensor, texts_NE: Tensor) -> dict[str, Tensor]:
         "effective_rank_images": effective_rank(images_NE),
         "effective_rank_texts": effective_rank(texts_NE),
     }
-
-
-def _unit(embeds_NE: Tensor) -> Tensor:
-    wide = embeds_NE if embeds_NE.dtype == torch.float64 else embeds_NE.float()
-    return F.normalize(wide, dim=-1)

@@ -133,6 +133,8 @@ def llip_term(
 class Llip(nn.Module):
     """Heads for keys, values, queries and targets, a learned scale and bias, and the loss above."""
 
+    reads = ("mixture_tokens", "text_pooled")
+
     def __init__(
         self,
         shape: TowerShape,

@@ -29,6 +29,7 @@ from cal_train.objectives.similarity import (
     positive_sums,
     projection,
     required,
+    scaled_cosines,
     tiles,
     unit,
 )
@@ -195,6 +196,8 @@ def initial_bias(bias_init: float | Literal["auto"], global_batch_size: int | No
 class SigLip(nn.Module):
     """Two linear heads into the shared space, a learned scale and bias, and the loss above."""
 
+    reads = ("image_pooled", "text_pooled")
+
     def __init__(
         self,
         shape: TowerShape,
@@ -253,10 +256,8 @@ class SigLip(nn.Module):
 
     def score(self, images: Features, texts: Features) -> Tensor:
         """Return the logits (I, T): scaled cosines plus bias."""
-        with exact_products(images["image_embeds"]):
-            image_IE, text_TE = unit(images["image_embeds"]), unit(texts["text_embeds"])
-            logits_IT = as_scalar(self.log_scale.exp(), image_IE) * image_IE @ text_TE.T
-            return logits_IT + as_scalar(self.logit_bias, image_IE)
+        cosines_IT = scaled_cosines(images["image_embeds"], texts["text_embeds"], self.log_scale.exp())
+        return cosines_IT + as_scalar(self.logit_bias, cosines_IT)
 
     def clamp_(self) -> None:
         """Keep the scale within [1, 100]; the bias is free."""

@@ -31,6 +31,13 @@ def exact_products(values: Tensor) -> torch.autocast:
     return torch.autocast(values.device.type, enabled=False)
 
 
+def scaled_cosines(image_embeds_IE: Tensor, text_embeds_TE: Tensor, scale: Tensor) -> Tensor:
+    """Return the cosine of every image with every text (I, T) times the scale, in float32 or wider."""
+    with exact_products(image_embeds_IE):
+        image_IE, text_TE = unit(image_embeds_IE), unit(text_embeds_TE)
+        return as_scalar(scale, image_IE) * image_IE @ text_TE.T
+
+
 def as_scalar(value: Tensor | float, like: Tensor) -> Tensor:
     """Return a scale or bias with the dtype and device of ``like``; a parameter stays in the graph."""
     return torch.as_tensor(value, dtype=like.dtype, device=like.device)

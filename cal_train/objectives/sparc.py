@@ -26,6 +26,7 @@ from cal_train.objectives.similarity import (
     exact_products,
     log_scale_parameter,
     required,
+    scaled_cosines,
     unit,
     widened,
 )
@@ -126,6 +127,8 @@ class Sparc(nn.Module):
     Global embeddings come from the mean over patches and the masked mean over tokens, not from the towers' poolers.
     """
 
+    reads = ("patch_tokens", "text_tokens")
+
     def __init__(
         self,
         shape: TowerShape,
@@ -220,9 +223,7 @@ class Sparc(nn.Module):
 
     def score(self, images: Features, texts: Features) -> Tensor:
         """Return scaled cosines of the global embeddings (I, T)."""
-        with exact_products(images["image_embeds"]):
-            images_IE, texts_TE = unit(images["image_embeds"]), unit(texts["text_embeds"])
-            return as_scalar(self.log_scale.exp(), images_IE) * images_IE @ texts_TE.T
+        return scaled_cosines(images["image_embeds"], texts["text_embeds"], self.log_scale.exp())
 
     def token_mask(self, outputs: TowerOutputs) -> Tensor:
         """Return the tokens that count as words (B, L): real ones, less the special ones where these are left out."""

@@ -96,6 +96,7 @@ def num_masked(num_patches: int, ratio: float) -> int:
 class SyCoca(nn.Module):
     """The SyCoCa objective: ``CLIP + lambda_IC * captioning + lambda_TM * masked image modelling``."""
 
+    reads = Coca.reads
     num_steps: Tensor
 
     def __init__(

@@ -13,6 +13,7 @@ import torch
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
+    AutoImageProcessor,
     CLIPVisionModel,
     Dinov2Model,
     PreTrainedConfig,
@@ -127,6 +128,20 @@ def load_tower(folder: Path) -> PreTrainedModel:
             f"use one of {', '.join([*TOWERS, *_VISION_HALF])}"
         )
     return load_strict(TOWERS[model_type], folder, "vision tower")
+
+
+def stored_image_processor(folder: Path) -> Any:
+    """Return the image processor in a tower's folder.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if not any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
+        raise ValueError(
+            f"vision tower {folder} has no preprocessor_config.json, which says how its images were normalised: "
+            "copy it from where the tower came from"
+        )
+    return AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
 
 
 def has_class_token(config: PreTrainedConfig) -> bool:

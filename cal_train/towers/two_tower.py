@@ -1,7 +1,7 @@
 """An image and a text encoder side by side: what survives the pretraining, and nothing that belongs to an objective."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +179,23 @@ class TwoTower(nn.Module):
             for name, parameter in self.named_parameters()
             if not name.startswith(("vision.encoder.", "text.encoder."))
         }
+
+
+def freeze_unread(towers: TwoTower, reads: Collection[str]) -> None:
+    """Freeze what leads to outputs alone that nobody reads: DDP stops at a parameter without gradient.
+
+    Args:
+        towers: Towers of any kind.
+        reads: Fields of `TowerOutputs` that the objective reads.
+    """
+    poolers: dict[str, tuple[nn.Module | nn.Parameter | None, ...]] = {
+        "image_pooled": (getattr(towers.vision.encoder, "head", None),),
+        "text_pooled": (getattr(towers.text.encoder, "head", None), towers.text.cls_token),
+    }
+    for field, parts in poolers.items():
+        for part in parts:
+            if field not in reads and part is not None:
+                part.requires_grad_(False)
 
 
 def load_two_tower(folder: Path) -> TwoTower:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -54,6 +55,15 @@ def load_tower_model(folder: str | Path) -> TowerModel:
     model = TowerModel(towers, cast(nn.Module, objective))
     _load_objective(model.objective, folder)
     return model.eval()
+
+
+def objective_heads(folder: str | Path) -> str:
+    """Return the objective of a checkpoint and its heads, for a reader: ``coca (captioner, clip, ...)``."""
+    folder = Path(folder)
+    name = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))["objective"]
+    with safe_open(folder / WEIGHTS_FILE, framework="pt") as weights:
+        heads = sorted({key.partition(".")[0] for key in weights.keys()})
+    return f"{name} ({', '.join(heads)})"
 
 
 @torch.no_grad()

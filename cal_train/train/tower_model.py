@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from cal_train.objectives.base import Features, Objective, Term, Towers, total_loss
 from cal_train.objectives.gather import Ranks
 from cal_train.towers.outputs import TowerOutputs
+from cal_train.towers.two_tower import TwoTower, freeze_unread
 
 Batch = dict[str, Any]
 """``pixel_values`` (B, 3, H, W), ``input_ids`` and ``attention_mask`` (B, L), and ``image_ids`` (B,) int64 when rows
@@ -26,12 +27,13 @@ class TowerModel(nn.Module):
     """Towers and objective. The forward runs a step: ``model(whole_step, batch, ranks)``.
 
     Args:
-        towers: The two encoders (`cal_train.towers.two_tower.TwoTower`).
+        towers: The two encoders. Poolers that the objective does not read are frozen.
         objective: The method, which owns projections, scale, bias and heads.
     """
 
-    def __init__(self, towers: nn.Module, objective: nn.Module):
+    def __init__(self, towers: TwoTower, objective: nn.Module):
         super().__init__()
+        freeze_unread(towers, cast(Objective, objective).reads)
         self.towers = towers
         self.objective = objective
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.constants import (
     IMAGENET_DEFAULT_MEAN,
     IMAGENET_DEFAULT_STD,
@@ -18,6 +18,7 @@ from transformers.utils.constants import (
 from cal_train.conf_towers import TowerArguments
 from cal_train.objectives.families import OBJECTIVES, option_names
 from cal_train.towers.export import square_image_processor
+from cal_train.towers.loading import stored_image_processor
 from cal_train.towers.two_tower import TwoTower, build_two_tower
 
 NORMALISATION = {
@@ -111,13 +112,7 @@ def image_processor_of(towers: TowerArguments, built: TwoTower) -> Any:
     config = built.vision.encoder.config
     if not isinstance(towers.vision_tower, str):
         return square_image_processor(config.image_size, *map(tuple, NORMALISATION[config.model_type]))
-    folder = Path(towers.vision_tower)
-    if not any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
-        raise ValueError(
-            f"vision tower {folder} has no preprocessor_config.json, which says how its images were normalised: "
-            "copy it from where the tower came from"
-        )
-    own = AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
+    own = stored_image_processor(Path(towers.vision_tower))
     return square_image_processor(config.image_size, tuple(own.image_mean), tuple(own.image_std))
 
 

@@ -165,12 +165,14 @@ class TowerTrainer(Trainer):
     ) -> dict[str, float]:
         """Return what ``evaluate_model`` measures. Training goes on as if it had not run: random numbers included."""
         assert self.evaluate_model is not None
+        started = time.perf_counter()
         self.model.eval()
         devices = [self.args.device] if self.args.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices), torch.no_grad():
             measured = self.evaluate_model(self.model)
         metrics = {f"{metric_key_prefix}_{name}": float(value) for name, value in measured.items()}
         self.log(dict(metrics))
+        self._window_started += time.perf_counter() - started  # pairs_per_second is that of training
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 

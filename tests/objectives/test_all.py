@@ -17,7 +17,7 @@ from cal_train.objectives.families import CONTAINS, OBJECTIVES, build_objective,
 from cal_train.objectives.gather import ONE_RANK, current_ranks
 from cal_train.objectives.siglip import siglip_loss
 from cal_train.testing import tiny_pairs, tiny_two_tower
-from cal_train.train.tower_model import TowerModel, whole_step
+from cal_train.train.tower_model import TowerModel, encode_pairs, whole_step
 
 COCA = {"num_queries": 5, "decoder_layers": 1, "num_heads": 4}
 APPENDED = {"text_pooling": "cls_appended"}
@@ -32,7 +32,10 @@ CASES = {
     "llip": ("llip", {"num_heads": 4}, {"num_mixture_tokens": 3}),
     "sparc": ("sparc", {}, {}),
     "sparc_token": ("sparc", {"local_reduction": "token", "threshold_factor": 6.0}, {"text": "bert"}),
+    "sparc_siglip_towers": ("sparc", {}, {"vision": "siglip", "text": "siglip", "text_pooling": "last"}),
+    "filip_unread_poolers": ("filip", {}, {"vision": "siglip", **APPENDED}),
     "coca": ("coca", COCA, APPENDED),
+    "coca_siglip_tower": ("coca", COCA, {"vision": "siglip", **APPENDED}),
     "coca_seq_sum": ("coca", {**COCA, "caption_reduction": "seq_sum"}, APPENDED),
     "sycoca": ("sycoca", {**COCA, "image_decoder_layers": 1}, APPENDED),
     "sycoca_tokens": ("sycoca", {**COCA, "image_decoder_layers": 1, "mask_at": "tokens"}, APPENDED),
@@ -156,6 +159,20 @@ def test_under_autocast_losses_and_gradients_stay_close(case):
     assert step["loss"].dtype == torch.float32
     torch.testing.assert_close(step["loss"].detach(), plain["loss"], rtol=0.05, atol=0)
     assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in trained)
+
+
+@ALL
+def test_autocast_does_not_reach_into_the_comparison_of_pairs(case):
+    model = build(case).float()
+    batch = pairs(model)
+    batch["pixel_values"] = batch["pixel_values"].float()
+    with torch.no_grad():
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            images, texts, _, _ = encode_pairs(model, batch)
+            inside = model.objective.contrast(images, texts, ONE_RANK)["contrastive"].sum
+        outside = model.objective.contrast(images, texts, ONE_RANK)["contrastive"].sum
+    assert inside.dtype == torch.float32
+    assert torch.equal(inside, outside)
 
 
 def features(model: TowerModel) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

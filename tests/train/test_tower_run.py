@@ -213,7 +213,19 @@ def test_evaluation_inside_training_measures_and_changes_nothing(run, tower_reci
     assert max_difference(plain, tmp_path / "evaluated") == 0
 
 
-def test_the_folder_says_what_it_was_made_with_and_exports(run, tmp_path, capsys):
+def test_time_spent_on_evaluation_is_not_training_time(tower_recipe, tmp_path, monkeypatch):
+    clock = iter(range(10**9))
+    monkeypatch.setattr("cal_train.train.tower_trainer.time", SimpleNamespace(perf_counter=lambda: next(clock)))
+
+    def make_evaluation(processors, context_length):
+        return lambda model: {"ticks": sum(1 for _ in zip(range(100_000), clock, strict=False))}
+
+    options = ["--eval_strategy", "steps", "--eval_steps", "1", "--output_dir", str(tmp_path / "out")]
+    folder = train_towers(load_tower_recipe(tower_recipe, options), make_evaluation)
+    assert all(line["pairs_per_second"] > 0.5 for line in log_of(folder))  # four pairs in a few ticks
+
+
+def test_the_folder_says_what_it_was_made_with_and_exports(run, tmp_path, caplog):
     from transformers import AutoImageProcessor, CLIPVisionModel
 
     from cal_train.cli.main import main
@@ -228,6 +240,7 @@ def test_the_folder_says_what_it_was_made_with_and_exports(run, tmp_path, capsys
     model = load_tower_model(folder)
     assert model.objective.logit_bias.item() == pytest.approx(-np.log(3), abs=0.02)
     assert main(["export_tower", "--checkpoint", str(folder), "--output", str(tmp_path / "vision")]) == 0
+    assert "dropped: siglip (image_projection, log_scale, logit_bias, text_projection)" in caplog.text
     exported = CLIPVisionModel.from_pretrained(tmp_path / "vision").eval()
     pixels = torch.randn(2, 3, 16, 16)
     with torch.no_grad():
@@ -310,7 +323,13 @@ class BothRanks(PairLoader):
 CASES = {
     "clip": (),
     "siglip": (),
-    "sparc": ("--objective_options", "{embed_dim: 16, local_reduction: token}"),
+    # SPARC does not read the attention pooling of a SigLIP tower: DDP must not wait for its gradients
+    "sparc": (
+        "--objective_options",
+        "{embed_dim: 16, local_reduction: token}",
+        "--vision_tower",
+        json.dumps(VISION | {"model_type": "siglip_vision_model"}),
+    ),
     "coca": ("--objective_options", "{embed_dim: 16, num_queries: 4, decoder_layers: 1, num_heads: 4}"),
     "llip": ("--num_mixture_tokens", "4", "--objective_options", "{embed_dim: 16, num_heads: 2}"),
 }
