@@ -26,6 +26,7 @@ class OptionSet:
         structured: Names whose value is a mapping or a list of mappings, for which the parser has no type: they are
             set as they are.
         aliases: Other names -> ours.
+        elsewhere: Options of another verb -> what to say to someone who brings them here.
     """
 
     verb: str
@@ -33,6 +34,7 @@ class OptionSet:
     required: tuple[str, ...]
     structured: tuple[str, ...] = ()
     aliases: Mapping[str, str] = field(default_factory=dict)
+    elsewhere: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def fields(self) -> dict[str, dataclasses.Field]:
@@ -101,6 +103,8 @@ def canonical_name(options: OptionSet, name: str, origin: str) -> str:
     """Return the option's own name; raise ``ValueError`` with the nearest names if there is none."""
     name = options.aliases.get(name, name)
     fields = options.fields
+    if name in options.elsewhere:
+        raise ValueError(f"option {name!r} in {origin}: {options.elsewhere[name]}")
     if name not in fields:
         near = difflib.get_close_matches(name, [*fields, *options.aliases], n=3)
         help_line = f"see `cal-train {options.verb} --help` for all options"

@@ -24,6 +24,7 @@ OPTIONS = OptionSet(
     required=("model_name_or_path", "output_dir"),
     structured=("data",),
     aliases=ALIASES,
+    elsewhere={"objective": "this is the recipe of a vision tower, run it with `cal-train tower`"},
 )
 
 

@@ -22,6 +22,10 @@ OPTIONS = OptionSet(
     required=("objective", "output_dir"),
     structured=("data", "objective_options", "vision_tower", "text_tower"),
     aliases=ALIASES,
+    elsewhere={
+        "model_name_or_path": "this is the recipe of a VLM, run it with `cal-train train`",
+        "cal": "CAL weights the answers of a VLM and has no part in training a tower",
+    },
 )
 
 

@@ -62,7 +62,7 @@ def preview_row(dataset: VlmDataset, i: int) -> Preview:
     num_supervised = int((example.labels != IGNORE_INDEX).sum())
     counts = (
         f"{len(example.input_ids)} tokens: {num_supervised} supervised, {sum(num_image_tokens)} for "
-        f"{len(num_image_tokens)} images; {example.num_cut} more were cut"
+        f"{len(num_image_tokens)} images; {example.num_cut} tokens were cut"
     )
     segments = token_segments(example, dataset.processor.tokenizer)
     return Preview(f"{sample.file}, row {sample.row}, id {sample.id}", counts, tuple(segments))

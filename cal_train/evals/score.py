@@ -82,7 +82,7 @@ def score_file(
             for record in records_of(batch, scores, processor.tokenizer):
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
                 num_written += 1
-            progress.update(batch_size)
+            progress.update(min(batch_size, len(dataset) - progress.n))
     temporary.replace(output)
     for problem in dropped:
         logger.warning("left out: %s", problem)

@@ -78,3 +78,9 @@ def weight_report(sums: Tensor, num_steps: int) -> dict[str, float]:
         "cal/delta_mean": delta / labels,
         "cal/effective_tokens": weight**2 / weight_squared / num_steps if weight_squared else 0.0,
     }
+
+
+def learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """Return the learning rate of each part by its name in the log; groups are named ``PART/...``."""
+    groups = [group for group in optimizer.param_groups if "name" in group]
+    return {f"learning_rate/{group['name'].split('/')[0]}": group["lr"] for group in groups}

@@ -16,6 +16,7 @@ from cal_train.conf_towers import TowerTrainingArguments
 from cal_train.data.pair_loader import PairLoader
 from cal_train.objectives.gather import current_ranks
 from cal_train.train.grad_cache import grad_cache_step
+from cal_train.train.metrics import learning_rates
 from cal_train.train.tower_checkpoint import load_tower_weights, save_tower_model
 from cal_train.train.tower_groups import tower_groups
 from cal_train.train.tower_metrics import WindowMeans, batch_metrics, scale_metrics
@@ -66,6 +67,7 @@ class TowerTrainer(Trainer):
         super().__init__(model=model, args=args, eval_dataset=cast(Dataset | None, evaluate_model))
         self.check_engine()
         self.objective_name, self.objective_options = objective_name, dict(objective_options)
+        self.learning_rates: dict[str, float] = {}
         self.loader = loader
         self.save_processors = save_processors
         self.evaluate_model = evaluate_model
@@ -148,13 +150,16 @@ class TowerTrainer(Trainer):
             self.optimizer = optimizer_class(groups, **options)
         return self.optimizer
 
+    def _get_learning_rate(self) -> float:
+        """Return the rate of the step; called before the scheduler moves on, so the parts' rates are noted here."""
+        self.learning_rates = learning_rates(cast(torch.optim.Optimizer, self.optimizer))
+        return super()._get_learning_rate()
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the parts of the loss, scale, logits, geometry and data waiting to the Trainer's line."""
         if "loss" in logs:
             logs.update(self._window_report())
-            if self.optimizer is not None:
-                groups = [group for group in self.optimizer.param_groups if "name" in group]
-                logs.update({f"learning_rate/{group['name'].split('/')[0]}": group["lr"] for group in groups})
+            logs.update(self.learning_rates)
         super().log(logs, start_time)
 
     def evaluate(

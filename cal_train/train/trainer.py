@@ -15,7 +15,7 @@ from cal_train.models.families import base_model
 from cal_train.models.head import find_head
 from cal_train.models.parts import parameter_groups
 from cal_train.train.checkpoint import load_weights_strictly
-from cal_train.train.metrics import WEIGHT_SUMS, Stopwatch, weight_report, weight_sums
+from cal_train.train.metrics import WEIGHT_SUMS, Stopwatch, learning_rates, weight_report, weight_sums
 from cal_train.train.step import StepOptions, attach_step
 from cal_train.types import IGNORE_INDEX, DropCount, Problem
 
@@ -93,6 +93,7 @@ class VlmTrainer(Trainer):
         self.dropped = DropCount()
         self.num_truncated = 0
         self.ablated_clock = Stopwatch(args.device)
+        self.learning_rates: dict[str, float] = {}
         self.step_options = StepOptions(head, weighting, self._is_sharded(), has_cached_features, self.ablated_clock)
         self._reset_window()
         self.add_callback(_SetEpoch(self))
@@ -152,13 +153,16 @@ class VlmTrainer(Trainer):
             self.optimizer = optimizer_class(groups, **options)
         return self.optimizer
 
+    def _get_learning_rate(self) -> float:
+        """Return the rate of the step; called before the scheduler moves on, so the parts' rates are noted here."""
+        self.learning_rates = learning_rates(cast(torch.optim.Optimizer, self.optimizer))
+        return super()._get_learning_rate()
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add throughput, data waiting, weight statistics and the learning rate of each part to the Trainer's line."""
         if "loss" in logs:
             logs.update(self._window_report())
-            if self.optimizer is not None:
-                groups = [group for group in self.optimizer.param_groups if "name" in group]
-                logs.update({f"learning_rate/{group['name'].split('/')[0]}": group["lr"] for group in groups})
+            logs.update(self.learning_rates)
         super().log(logs, start_time)
 
     @torch.no_grad()

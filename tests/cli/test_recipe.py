@@ -2,6 +2,7 @@ import pytest
 
 from cal_train.cli.main import VERBS, main
 from cal_train.cli.recipe import describe_options, load_recipe
+from cal_train.cli.tower_recipe import load_tower_recipe
 from cal_train.testing import write_tiny_data, write_tiny_vlm
 from cal_train.train.run import weighting_of
 
@@ -173,3 +174,16 @@ def test_a_folder_that_cannot_be_written_is_one_line_and_exit_code_2(tmp_path, c
     )
     assert main(["train", str(recipe)]) == 2
     assert "Not a directory" in capsys.readouterr().err
+
+
+def test_a_recipe_of_the_other_kind_is_sent_to_the_other_verb(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("objective: clip\noutput_dir: out\n")
+    with pytest.raises(ValueError, match="run it with `cal-train tower`"):
+        load_recipe(path)
+    path.write_text("model_name_or_path: vlm\noutput_dir: out\n")
+    with pytest.raises(ValueError, match="run it with `cal-train train`"):
+        load_tower_recipe(path)
+    path.write_text("objective: clip\noutput_dir: out\n")
+    with pytest.raises(ValueError, match="no part in training a tower"):
+        load_tower_recipe(path, ["--cal"])

@@ -119,6 +119,13 @@ def test_log_line_has_what_the_interface_promises(tiny_run):
     assert not [name for name in plain if name.startswith("cal/")]
 
 
+def test_the_rates_of_the_parts_are_those_of_the_same_step(tiny_run):
+    options = ("--logging_steps", "1", "--learning_rate", "1e-3", "--mm_projector_lr", "2e-3", "--max_steps", "4")
+    lines = log_of(tiny_run(*options, "--lr_scheduler_type", "linear", "--warmup_steps", "0"))
+    assert [line["learning_rate/language_model"] for line in lines] == pytest.approx([1e-3, 0.75e-3, 0.5e-3, 0.25e-3])
+    assert [line["learning_rate/projector"] for line in lines] == pytest.approx([2e-3, 1.5e-3, 1e-3, 0.5e-3])
+
+
 def test_the_run_folder_reloads_in_plain_transformers_with_equal_logits(tiny_run):
     folder = tiny_run("--cal")
     model = AutoModelForImageTextToText.from_pretrained(folder)
