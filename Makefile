@@ -18,13 +18,16 @@ endif
 PYTEST := $(TEST_ENV) $(RUN) -P -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: demo demo-long test test-all lint bench clean help
+.PHONY: demo demo-long demo-towers test test-all lint bench clean help
 
 demo: $(STAMP) ## Train a small real model with and without CAL on real images, evaluate both, report (about 15 minutes)
 	$(RUN) -m cal_train demo
 
 demo-long: $(STAMP) ## The same with a 135M language model and three seeds (hours)
 	$(RUN) -m cal_train demo --long
+
+demo-towers: $(STAMP) ## Pretrain small real towers by every method on the same budget, one table (some 25 minutes, by the rate of its first steps)
+	$(RUN) -m cal_train demo_towers
 
 test: $(STAMP) ## Run the fast tests
 	$(PYTEST)
@@ -45,7 +48,7 @@ clean: ## Remove caches and build output; .venv, runs/ and downloads stay
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -13,6 +14,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the verb."""
     parser.add_argument("--long", action="store_true", help="SmolLM2-135M and three seeds: hours on two cores")
     parser.add_argument("--recipes", type=Path, help="folder of pretrain.yaml and finetune.yaml (default: recipes/...)")
+    parser.add_argument(
+        "--vision_tower",
+        type=Path,
+        metavar="DIR",
+        help="a tower of export_tower (or any that compose takes) instead of the demo's own; results go to a folder of "
+        "their own",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -25,5 +33,11 @@ def run(arguments: argparse.Namespace) -> int:
     console = Console()
     if not console.is_terminal:
         console = Console(width=140)  # a file or a pipe has no width of its own
-    run_demo(long_plan(recipes) if arguments.long else demo_plan(recipes), console)
+    plan = long_plan(recipes) if arguments.long else demo_plan(recipes)
+    if arguments.vision_tower is not None:
+        tower = arguments.vision_tower
+        if not (tower / "model.safetensors").is_file():
+            raise ValueError(f"vision tower {tower} has no model.safetensors: give a folder of cal-train export_tower")
+        plan = replace(plan, vision_tower=tower, runs=plan.runs.with_name(f"{plan.runs.name}-{tower.name}"))
+    run_demo(plan, console)
     return 0

@@ -18,6 +18,7 @@ VERBS = {
     "merge": "fold LoRA adapters into a plain checkpoint",
     "env": "print versions and hardware, for bug reports",
     "demo": "train and compare a small real VLM with and without CAL",
+    "demo_towers": "pretrain small real towers by every method, and compare them",
 }
 """Verb -> one line. Each is a module of this package with ``add_arguments(parser)`` and ``run(arguments) -> int``."""
 

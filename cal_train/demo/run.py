@@ -5,6 +5,7 @@ without and with CAL, and both are asked about scenes, concepts and a drawing st
 training step is the command that a user would type, run in a process of its own so that its time and memory are known.
 """
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -46,6 +47,7 @@ class Plan:
 
     ``language_model_texts`` 0 takes SmolLM2-135M instead of training a small model. ``in_parts``: the demo may be
     stopped at any time; started again it keeps what is finished and goes on from the last checkpoint.
+    ``vision_tower``: folder of a tower to take instead of the demo's own.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Plan:
     language_model_texts: int
     seeds: Sequence[int]
     in_parts: bool = False
+    vision_tower: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,8 @@ def run_demo(plan: Plan, console: Console) -> Path:
     files = write_splits(
         plan.cache / "scenes", assets, plan.num_train_scenes, NUM_TEST_SCENES, image_size=IMAGE_SIZE_PX
     )
-    composed = compose_model(plan, assets.vision_tower, files["pretrain"].parent / "images/train", console, costs)
+    tower = plan.vision_tower or assets.vision_tower
+    composed = compose_model(plan, tower, files["pretrain"].parent / "images/train", console, costs)
 
     console.rule("stage 1: the projector learns from captions")
     aligned = plan.runs / "pretrain"
@@ -109,7 +113,7 @@ def run_demo(plan: Plan, console: Console) -> Path:
 
 def compose_model(plan: Plan, vision_tower: Path, images: Path, console: Console, costs: list[Cost]) -> Path:
     """Return the folder of the untrained VLM, its projector starting on features standardised on ``images``."""
-    output, source = plan.cache / "composed", []
+    output, source = plan.cache / composed_name(plan), []
     if plan.language_model_texts:
         console.rule("a small language model learns the words, and to look things up")
         language_model = plan.cache / "language_model"
@@ -126,6 +130,14 @@ def compose_model(plan: Plan, vision_tower: Path, images: Path, console: Console
         arguments += ["--standardize_on", str(images)]
         run_verb(arguments, console, costs)
     return output
+
+
+def composed_name(plan: Plan) -> str:
+    """Return the folder's name, which for another tower tells its weights: a tower trained anew is composed anew."""
+    if plan.vision_tower is None:
+        return "composed"
+    with (plan.vision_tower / "model.safetensors").open("rb") as weights:
+        return f"composed-{hashlib.file_digest(weights, 'sha256').hexdigest()[:12]}"
 
 
 def train_stage(plan: Plan, arguments: Sequence[str], folder: Path, console: Console, costs: list[Cost]) -> None:
