@@ -249,7 +249,12 @@ def test_the_demo_leaves_its_tables_costs_and_picture(finished):
         assert any(row.startswith(f"{split}: ") for row in printed.splitlines())  # the verdict
     result = json.loads((results / "results.json").read_text())
     assert {entry["split"] for entry in result["accuracy"]} == set(TEST_SPLITS)
-    assert set(result["auc_of_delta"]) == {f"{split}, {name}" for split in TEST_SPLITS for name in ("baseline", "CAL")}
+    assert set(result["auc_of_delta"]) == {
+        f"{split}, {name}, {type_}"
+        for split in TEST_SPLITS
+        for name in ("baseline", "CAL")
+        for type_ in ("all", *QUESTION_TYPES)
+    }
     assert all(0 <= area <= 1 for area in result["auc_of_delta"].values())
     with Image.open(results / "heat_map.png") as picture:
         assert min(picture.size) > 100
