@@ -34,7 +34,7 @@ from cal_train.demo.tower_assets import TowerAssets
 from cal_train.demo.tower_concepts import PictureConcept
 from cal_train.demo.tower_data import TEST_SPLITS
 from cal_train.demo.tower_pictures import _hidden
-from cal_train.demo.tower_table import MethodResult, SplitResult, chance_row, markdown_of
+from cal_train.demo.tower_table import COLUMNS, MethodResult, SplitResult, chance_row, markdown_of
 from cal_train.demo.towers import METHODS, TowerPlan, step_seconds
 from cal_train.testing import tiny_tokenizer
 from cal_train.towers.export import export_tower
@@ -63,18 +63,22 @@ def test_guessing_scores_what_all_orders_of_the_candidates_score_on_average():
     assert (found.text_to_image_1, found.text_to_image_5, found.zero_shot) == (1 / 3, 1, 1 / 3)
 
 
-def result(method, step, peak, share=0.125):
-    return MethodResult(method, {"new_both": SplitResult(*[share] * 5)}, step, peak, 60.0)
+def result(method, step, peak):
+    return MethodResult(method, {"new_both": SplitResult(0.1, 0.2, 0.3, 0.4, 0.5)}, step, peak, 60.0)
 
 
 def test_costs_are_shown_against_the_first_row_and_guessing_costs_nothing():
-    chance = MethodResult("guessing", {"new_both": SplitResult(*[0.01] * 5)}, math.nan, math.nan, math.nan)
+    chance = replace(result("guessing", math.nan, math.nan), seconds=math.nan)
     text = markdown_of([result("clip", 2.0, 1.5), result("sycoca", 3.0, 1.8)], chance)
     rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in text.splitlines()]
-    assert rows[2] == ["clip", *["12.5"] * 5, "2.00", "1.00", "1.50", "1.00"]
+    assert rows[0] == ["method", "both new: T>I R@5", "both new: zero-shot", "step s", "x", "peak GiB", "x"]
+    assert rows[2] == ["clip", "40.0", "50.0", "2.00", "1.00", "1.50", "1.00"]
     assert rows[3][-4:] == ["3.00", "1.50", "1.80", "1.20"]
-    assert rows[4] == ["guessing", *["1.0"] * 5, "", "", "", ""]
-    assert len({len(row) for row in rows}) == 1
+    assert rows[4] == ["guessing", "40.0", "50.0", "", "", "", ""]
+
+
+def test_the_table_has_columns_for_every_split():
+    assert set(COLUMNS) == set(TEST_SPLITS)
 
 
 def test_a_steps_time_leaves_out_waiting_for_data_and_the_first_window(tmp_path):
