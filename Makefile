@@ -26,7 +26,7 @@ demo: $(STAMP) ## Train a small real model with and without CAL on real images, 
 demo-long: $(STAMP) ## The same with a 135M language model and three seeds (hours)
 	$(RUN) -m cal_train demo --long
 
-demo-towers: $(STAMP) ## Pretrain small real towers by every method on the same budget, one table (some 25 minutes, by the rate of its first steps)
+demo-towers: $(STAMP) ## Pretrain small real towers by every method on the same budget, one table (about 12 minutes)
 	$(RUN) -m cal_train demo_towers
 
 test: $(STAMP) ## Run the fast tests

@@ -138,6 +138,13 @@ FIXED_ARGUMENTS: dict[str, tuple[object, str]] = {
 """Arguments of Hugging Face that only one value fits, and why: any other would be ignored or break the run."""
 
 
+def refuse_other_values(args: TrainingArguments, fixed: dict[str, tuple[object, str]]) -> None:
+    """Raise a ValueError that says why, if a fixed argument has another value than its own."""
+    for name, (value, reason) in fixed.items():
+        if getattr(args, name) != value:
+            raise ValueError(f"{name}={getattr(args, name)} is not possible: {reason}. Leave it out")
+
+
 @dataclass
 class VlmTrainingArguments(TrainingArguments):
     """Hugging Face's arguments with the defaults that this trainer needs.
@@ -161,9 +168,7 @@ class VlmTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         """Check the fixed arguments, then let Hugging Face check the rest."""
-        for name, (value, reason) in FIXED_ARGUMENTS.items():
-            if getattr(self, name) != value:
-                raise ValueError(f"{name}={getattr(self, name)} is not possible: {reason}. Leave it out")
+        refuse_other_values(self, FIXED_ARGUMENTS)
         super().__post_init__()
 
 

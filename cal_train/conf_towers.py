@@ -10,6 +10,8 @@ from typing import Literal
 
 from transformers import TrainingArguments
 
+from cal_train.conf import refuse_other_values
+
 
 @dataclass
 class TowerArguments:
@@ -102,18 +104,31 @@ class TowerEvalArguments:
     )
 
 
+FIXED_TOWER_ARGUMENTS: dict[str, tuple[object, str]] = {
+    "remove_unused_columns": (False, "the data set makes the batch"),
+    "logging_nan_inf_filter": (False, "a loss that is not finite stops the run and names its samples"),
+    "dataloader_drop_last": (True, "a contrastive batch must be equally large on all ranks"),
+    "dataloader_persistent_workers": (False, "a run reads one stream, whose workers live as long as it does"),
+    "dataloader_prefetch_factor": (None, "the stream keeps its own batches ready"),
+    "train_sampling_strategy": ("random", "the stream is shuffled by seed and epoch, see shuffle_pool"),
+}
+"""Arguments of Hugging Face that only one value fits, and why: any other would be ignored or break the run."""
+
+
 @dataclass
 class TowerTrainingArguments(TrainingArguments):
-    """Hugging Face's arguments with the defaults that this trainer needs."""
+    """Hugging Face's arguments with the defaults that this trainer needs.
+
+    Raises:
+        ValueError: If one of `FIXED_TOWER_ARGUMENTS` is given another value.
+    """
 
     report_to: None | str | list[str] = field(  # noqa: RUF036 (the order that HfArgumentParser reads)
         default="tensorboard", metadata={"help": "tensorboard, wandb, trackio, none, or a list."}
     )
     logging_steps: float = field(default=10, metadata={"help": "Optimizer steps between two log lines."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Fixed: the data set makes the batch."})
-    logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Fixed: a loss that is not finite stops the run and names its samples."}
-    )
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Fixed, see FIXED_TOWER_ARGUMENTS."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Fixed, see FIXED_TOWER_ARGUMENTS."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints that are kept."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule (CLIP, section 2.5: cosine)."})
     weight_decay: float = field(
@@ -127,6 +142,9 @@ class TowerTrainingArguments(TrainingArguments):
         default=False, metadata={"help": "Not needed: every trainable parameter gets a gradient in every step."}
     )
     dataloader_num_workers: int = field(default=2, metadata={"help": "Processes that decode images and tokenize."})
-    dataloader_drop_last: bool = field(
-        default=True, metadata={"help": "Fixed: a contrastive batch must be equally large on all ranks."}
-    )
+    dataloader_drop_last: bool = field(default=True, metadata={"help": "Fixed, see FIXED_TOWER_ARGUMENTS."})
+
+    def __post_init__(self) -> None:
+        """Check the fixed arguments, then let Hugging Face check the rest."""
+        refuse_other_values(self, FIXED_TOWER_ARGUMENTS)
+        super().__post_init__()

@@ -11,6 +11,7 @@ VERBS = {
     "train": "train a VLM by a recipe, with CAL by one flag",
     "compose": "build an untrained VLM from a language model and a vision tower",
     "tower": "pretrain an image and a text tower by a recipe",
+    "eval_tower": "measure a tower run: retrieval, zero-shot, linear probe",
     "export_tower": "write the image tower of a tower run in Hugging Face layout",
     "check_data": "validate every row of a data file or recipe",
     "preview": "show tokens, labels and image spans of samples",

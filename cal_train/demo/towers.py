@@ -12,10 +12,7 @@ from statistics import median
 
 import yaml
 from rich.console import Console
-from transformers import AutoImageProcessor, AutoTokenizer
 
-from cal_train.data.pair_batches import CaptionEncoder
-from cal_train.data.pair_images import EvaluationTransform
 from cal_train.data.pair_set import PairSet, read_pair_set
 from cal_train.data.pairs import PairSource
 from cal_train.demo.assets import fill_once
@@ -25,9 +22,8 @@ from cal_train.demo.tower_assets import fetch_tower_assets
 from cal_train.demo.tower_data import SHOWN_FILE, TEST_SPLITS, write_tower_data
 from cal_train.demo.tower_pictures import draw_masks, draw_word_maps
 from cal_train.demo.tower_table import MethodResult, SplitResult, chance_row, table_of, write_tower_results
-from cal_train.evals.towers import TowerEvaluator
+from cal_train.evals.towers import load_evaluator
 from cal_train.train.checkpoint import TRAINER_STATE_NAME
-from cal_train.train.tower_checkpoint import load_tower_model
 
 METHODS = ("clip", "clip_tuned", "siglip", "filip", "coca", "sycoca", "sparc", "llip")
 """Names of the recipes, in the order of the table; everything is compared with the first."""
@@ -80,7 +76,7 @@ def run_tower_demo(plan: TowerPlan, console: Console) -> Path:
 
 def measure(method: str, folder: Path, splits: dict[str, PairSet], cost: Cost) -> MethodResult:
     """Return what a trained run scores on every split, and what its training cost."""
-    evaluator = evaluator_of(folder)
+    evaluator = load_evaluator(folder)
     found = {}
     for split, pairs in splits.items():
         recall = evaluator.retrieval(pairs, ks=(1, 5))
@@ -89,15 +85,6 @@ def measure(method: str, folder: Path, splits: dict[str, PairSet], cost: Cost) -
         ways = (recall[f"{way}/recall@{k}"] for way in ("image_to_text", "text_to_image") for k in (1, 5))
         found[split] = SplitResult(*ways, zero_shot=accuracy)
     return MethodResult(method, found, step_seconds(folder), cost.peak_memory_gib, cost.seconds)
-
-
-def evaluator_of(folder: Path) -> TowerEvaluator:
-    """Return the evaluator of a run folder, with the processors that were saved with it."""
-    model = load_tower_model(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder / "text", trust_remote_code=False)
-    processor = AutoImageProcessor.from_pretrained(folder / "vision", backend="pil", trust_remote_code=False)
-    encoder = CaptionEncoder(tokenizer, model.towers.shape.context_length)
-    return TowerEvaluator(model.towers, model.objective, encoder, EvaluationTransform(processor))
 
 
 def step_seconds(folder: Path) -> float:
@@ -120,7 +107,7 @@ def show(plan: TowerPlan, data: Path, console: Console) -> None:
     shown = read_pair_set([PairSource(str(data / SHOWN_FILE))])
     for method, draw in (("sparc", draw_word_maps), ("sycoca", draw_masks)):
         if method in plan.methods:
-            picture = draw(evaluator_of(plan.runs / method), shown, plan.runs / f"{method}.png")
+            picture = draw(load_evaluator(plan.runs / method), shown, plan.runs / f"{method}.png")
             console.print(f"picture: {picture}")
     first = plan.runs / plan.methods[0]
     console.print(f"results: {plan.runs / 'results.md'}")

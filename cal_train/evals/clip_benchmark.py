@@ -13,18 +13,15 @@ To use it::
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from types import ModuleType
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoImageProcessor, AutoTokenizer
 
 from cal_train.data.pair_batches import CaptionEncoder
 from cal_train.data.pair_images import EvaluationTransform
-from cal_train.towers.two_tower import TwoTower
-from cal_train.train.tower_checkpoint import load_tower_model
+from cal_train.evals.towers import load_evaluator
 
 MODEL_TYPE = "cal_train"
 
@@ -61,14 +58,6 @@ class BenchmarkTokenizer:
         return torch.stack([tokens["input_ids"], tokens["attention_mask"]], dim=1)
 
 
-def benchmark_parts(
-    towers: nn.Module, objective: nn.Module, tokenizer: Any, image_processor: Any, context_length: int
-) -> tuple[BenchmarkModel, EvaluationTransform, BenchmarkTokenizer]:
-    """Return what a loader of CLIP_benchmark returns: model, transform (PIL image to pixels) and tokenizer."""
-    model = BenchmarkModel(towers, objective).eval()
-    return model, EvaluationTransform(image_processor), BenchmarkTokenizer(CaptionEncoder(tokenizer, context_length))
-
-
 def load(
     model_name: str, pretrained: str = "", cache_dir: str | None = None, device: Any = "cpu"
 ) -> tuple[BenchmarkModel, EvaluationTransform, BenchmarkTokenizer]:
@@ -77,13 +66,9 @@ def load(
     Raises:
         ValueError: If the folder is not one of a tower run.
     """
-    folder = Path(model_name)
-    model = load_tower_model(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder / "text")
-    image_processor = AutoImageProcessor.from_pretrained(folder / "vision", backend="pil")
-    context_length = cast(TwoTower, model.towers).shape.context_length
-    parts = benchmark_parts(model.towers, model.objective, tokenizer, image_processor, context_length)
-    return parts[0].to(device), parts[1], parts[2]
+    evaluator = load_evaluator(model_name, device=device)
+    model = BenchmarkModel(evaluator.towers, evaluator.objective).eval()
+    return model, evaluator.transform, BenchmarkTokenizer(evaluator.encoder)
 
 
 def register(models: ModuleType) -> None:

@@ -11,7 +11,7 @@ from cal_train.data.pair_batches import CaptionEncoder
 from cal_train.data.pair_images import EvaluationTransform
 from cal_train.data.pair_set import PairSet, read_pair_set
 from cal_train.data.pairs import PairOptions, PairSource
-from cal_train.evals.towers import TowerEvaluator
+from cal_train.evals.towers import TowerEvaluator, class_names
 from cal_train.evals.zero_shot import TEMPLATES
 from cal_train.train.tower_model import TowerModel
 from cal_train.train.tower_parts import Processors
@@ -63,8 +63,7 @@ def evaluate_on(
         if pairs is not None:
             measured |= {f"retrieval/{name}": value for name, value in evaluator.retrieval(pairs).items()}
         if labelled is not None:
-            names = sorted({pair.captions[0] for pair in labelled.images})
-            report = evaluator.zero_shot(labelled, names, options.zero_shot_templates or TEMPLATES)
+            report = evaluator.zero_shot(labelled, class_names(labelled), options.zero_shot_templates or TEMPLATES)
             measured |= {f"zero_shot/{name}": value for name, value in report.items()}
         return measured
 

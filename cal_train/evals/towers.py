@@ -3,10 +3,12 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoImageProcessor, AutoTokenizer
 
 from cal_train.data.pair_batches import CaptionEncoder
 from cal_train.data.pair_images import EvaluationTransform
@@ -15,6 +17,8 @@ from cal_train.evals.linear_probe import linear_probe
 from cal_train.evals.retrieval import retrieval_recall
 from cal_train.evals.score_tiles import Features, Score, join
 from cal_train.evals.zero_shot import TEMPLATES, class_scores, classification_report, prompts
+from cal_train.towers.two_tower import TwoTower
+from cal_train.train.tower_checkpoint import load_tower_model
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,20 @@ class TowerEvaluator:
         return next(self.towers.parameters()).device
 
 
+def load_evaluator(folder: str | Path, batch_size: int = 64, device: torch.device | str = "cpu") -> TowerEvaluator:
+    """Return the evaluator of a run folder or of one of its checkpoints, with the processors that were saved with it.
+
+    Raises:
+        ValueError: If the folder is not one of a tower run.
+    """
+    model = load_tower_model(folder)
+    model.to(device)
+    tokenizer = AutoTokenizer.from_pretrained(Path(folder) / "text", trust_remote_code=False)
+    processor = AutoImageProcessor.from_pretrained(Path(folder) / "vision", backend="pil", trust_remote_code=False)
+    encoder = CaptionEncoder(tokenizer, cast(TwoTower, model.towers).shape.context_length)
+    return TowerEvaluator(model.towers, model.objective, encoder, EvaluationTransform(processor), batch_size)
+
+
 @contextmanager
 def evaluation_mode(*modules: nn.Module) -> Iterator[None]:
     """Switch modules to evaluation, without gradients, and give each back the mode that it had."""
@@ -107,6 +125,11 @@ def evaluation_mode(*modules: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in zip(modules, modes, strict=True):
             module.train(mode)
+
+
+def class_names(pairs: PairSet) -> list[str]:
+    """Return the classes of labelled images, in alphabetical order; the first caption of an image names its class."""
+    return sorted({pair.captions[0] for pair in pairs.images})
 
 
 def class_labels(pairs: PairSet, class_names: Sequence[str]) -> Tensor:

@@ -180,3 +180,4 @@ def report_end(trainer: TowerTrainer, recipe: TowerRecipe) -> None:
     if report.bad.count:
         logger.warning("%d bad rows were left out on rank %d", report.bad.count, recipe.training.process_index)
     logger.info("saved. Next: cal-train export_tower --checkpoint %s --output %s-vision", folder, folder)
+    logger.info("or measure it: cal-train eval_tower --checkpoint %s --data PAIRS", folder)

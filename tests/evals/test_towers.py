@@ -12,7 +12,7 @@ from cal_train.data.pair_batches import CaptionEncoder
 from cal_train.data.pair_images import EvaluationTransform
 from cal_train.data.pair_set import read_pair_set
 from cal_train.data.pairs import PairSource
-from cal_train.evals.clip_benchmark import BenchmarkTokenizer, benchmark_parts, register
+from cal_train.evals.clip_benchmark import BenchmarkModel, BenchmarkTokenizer, register
 from cal_train.evals.towers import TowerEvaluator, class_labels
 from cal_train.objectives.families import OBJECTIVES
 from cal_train.testing import tiny_tokenizer, tiny_two_tower
@@ -120,8 +120,8 @@ def test_towers_are_evaluated_without_gradient_and_get_their_mode_back(tmp_path,
 
 def test_clip_benchmark_sees_the_same_embeddings(tmp_path, evaluator, processor):
     pairs = color_pairs(tmp_path, ["{} dog"])
-    tokenizer = evaluator.encoder.tokenizer
-    model, transform, tokenize = benchmark_parts(evaluator.towers, evaluator.objective, tokenizer, processor, 16)
+    model, tokenize = BenchmarkModel(evaluator.towers, evaluator.objective), BenchmarkTokenizer(evaluator.encoder)
+    transform = EvaluationTransform(processor)
     images = torch.stack([transform(Image.open(pair.image)) for pair in pairs.images])
     torch.testing.assert_close(model.encode_image(images), evaluator.image_features(pairs)["image_embeds"])
     embeds = model.encode_text(tokenize(list(pairs.captions)).to("cpu"))
@@ -153,12 +153,12 @@ def test_a_run_folder_is_loaded_the_way_clip_benchmark_loads_models(tmp_path):
     assert tokenize(["a dog"]).shape == (1, 2, towers.shape.context_length)
 
 
-def test_objectives_without_a_single_vector_are_refused_by_the_adapter(evaluator, processor):
+def test_objectives_without_a_single_vector_are_refused_by_the_adapter(evaluator):
     class Tokens(ColorObjective):
         def image_features(self, outputs):
             return {"patch_embeds": outputs.patch_tokens}
 
-    model, _, _ = benchmark_parts(evaluator.towers, Tokens(), evaluator.encoder.tokenizer, processor, 16)
+    model = BenchmarkModel(evaluator.towers, Tokens())
     with pytest.raises(ValueError, match=r"Tokens has no single vector .*patch_embeds"):
         model.encode_image(torch.zeros(1, 3, 8, 8))
 

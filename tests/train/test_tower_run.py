@@ -250,6 +250,32 @@ def test_the_folder_says_what_it_was_made_with_and_exports(run, tmp_path, caplog
     assert AutoImageProcessor.from_pretrained(tmp_path / "vision", backend="pil").crop_size["height"] == 16
 
 
+def test_a_finished_run_is_measured_by_the_verb_as_during_training(run, tower_recipe, tmp_path):
+    from cal_train.cli.main import main
+    from cal_train.evals.during_training import evaluation_of
+
+    data = str(tower_recipe.parent / "pairs.jsonl")
+    options = ("--eval_data_path", data, "--zero_shot_data_path", data, "--eval_strategy", "steps", "--eval_steps", "4")
+    recipe = load_tower_recipe(tower_recipe, [*options, "--output_dir", str(tmp_path / "run")])
+    folder = train_towers(recipe, evaluation_of(recipe))
+    logged = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    during = next(line for line in logged if "eval_retrieval/image_to_text/recall@5" in line)
+
+    out = tmp_path / "results" / "found.json"
+    arguments = ["eval_tower", "--checkpoint", str(folder), "--output", str(out), "--batch_size", "5"]
+    arguments += ["--data", data, "--zero_shot", data, "--probe_train", data, "--probe_test", data]
+    assert main(arguments) == 0
+    found = json.loads(out.read_text())
+    for kind in ("retrieval", "zero_shot"):
+        assert found[kind] and all(during[f"eval_{kind}/{name}"] == value for name, value in found[kind].items())
+    assert found["linear_probe"]["accuracy"] > 0.2, "fitted and tested on sixteen classes of one image; guessing is 0.06"
+
+    assert main(["eval_tower", "--checkpoint", str(folder)]) == 2
+    assert main(["eval_tower", "--checkpoint", str(folder), "--probe_train", data]) == 2
+    assert main(["eval_tower", "--checkpoint", str(folder), "--zero_shot", data, "--templates", "a cat"]) == 2
+    assert main(["eval_tower", "--checkpoint", str(tmp_path), "--data", data]) == 2
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -267,6 +293,8 @@ def test_the_folder_says_what_it_was_made_with_and_exports(run, tmp_path, caplog
         (("--ignore_data_skip", "true"), "ignore_data_skip is not needed"),
         (("--lock", "image"), "untrained image tower"),
         (("--global_batch_size", "32"), "do not fill a batch"),
+        (("--dataloader_drop_last", "false"), "dataloader_drop_last=False is not possible: a contrastive batch must"),
+        (("--dataloader_prefetch_factor", "4"), "dataloader_prefetch_factor=4 is not possible: the stream keeps"),
     ],
 )
 def test_a_configuration_that_does_not_fit_is_refused_with_the_reason(run, options, message):
