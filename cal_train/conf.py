@@ -20,7 +20,10 @@ class ModelArguments:
     model_name_or_path: str = field(metadata={"help": "A folder of `compose`, a checkpoint, or any llava-hf folder."})
     stage: Literal["pretrain", "finetune"] = field(
         default="finetune",
-        metadata={"help": "pretrain: projector only. finetune: projector and language model (LLaVA-1.5, section 3)."},
+        metadata={
+            "help": "pretrain: projector only. finetune: projector and language model (LLaVA-1.5, section 3), and "
+            "LLaVA-NeXT's newline."
+        },
     )
     tune_projector: bool | None = field(default=None, metadata={"help": "Overrides the stage's choice."})
     tune_language_model: bool | None = field(default=None, metadata={"help": "Overrides the stage's choice."})
@@ -28,16 +31,20 @@ class ModelArguments:
         default=None,
         metadata={"help": "Overrides the stage's choice (frozen). Layers behind the selected one stay frozen."},
     )
+    tune_image_newline: bool | None = field(
+        default=None, metadata={"help": "Overrides the stage's choice (LLaVA-NeXT: trained in finetune only)."}
+    )
     mm_projector_lr: float | None = field(default=None, metadata={"help": "Learning rate of the projector."})
     vision_tower_lr: float | None = field(default=None, metadata={"help": "Learning rate of the vision tower."})
     mm_vision_select_layer: int | None = field(
         default=None, metadata={"help": "Hidden state of the tower to read. Default: what the model folder says (-2)."}
     )
-    image_aspect_ratio: Literal["square", "pad"] | None = field(
+    image_aspect_ratio: Literal["square", "pad", "anyres"] | None = field(
         default=None,
         metadata={
             "help": "square: resize the short side and crop the centre (LLaVA stage 1). pad: pad to a square with the "
-            "mean colour (stage 2 and evaluation). Default: what the model folder says. Saved with the processor."
+            "mean colour (stage 2 and evaluation). anyres: tiles, the only way of LLaVA-NeXT. Default: what the model "
+            "folder says. Saved with the processor."
         },
     )
     attn_implementation: str | None = field(

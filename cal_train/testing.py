@@ -2,23 +2,32 @@
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
+    AutoModelForImageTextToText,
     CLIPVisionConfig,
+    ConvNextConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaNextForConditionalGeneration,
     LlavaProcessor,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
+    ProcessorMixin,
 )
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
+from cal_train.data.conversation import load_template
+from cal_train.models import mgm_family
+from cal_train.models.layout import build_config, build_processor
 from cal_train.towers.outputs import TowerShape
 from cal_train.towers.text import TextPooling
 from cal_train.towers.two_tower import TwoTower, build_two_tower
@@ -83,32 +92,33 @@ def tiny_tokenizer(
     return tokenizer
 
 
-def tiny_processor(tokenizer: PreTrainedTokenizerFast | None = None, image_size: int = 28) -> LlavaProcessor:
-    """Return a LLaVA processor for `tiny_llava`: 28 px images, 14 px patches, 4 image tokens."""
-    return LlavaProcessor(
-        image_processor=LlavaImageProcessorPil(
-            size={"shortest_edge": image_size}, crop_size={"height": image_size, "width": image_size}
-        ),
-        tokenizer=tokenizer or tiny_tokenizer(),
-        patch_size=14,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        image_token="<image>",
+def tiny_image_processor(image_size: int = 28) -> LlavaImageProcessorPil:
+    """Return LLaVA's image processor for small images."""
+    return LlavaImageProcessorPil(
+        size={"shortest_edge": image_size}, crop_size={"height": image_size, "width": image_size}
     )
 
 
-def tiny_llava(
-    tokenizer: PreTrainedTokenizerFast | None = None,
+def tiny_processor(tokenizer: PreTrainedTokenizerFast | None = None, image_size: int = 28) -> LlavaProcessor:
+    """Return a LLaVA processor for `tiny_llava`: 28 px images, 14 px patches, 4 image tokens."""
+    return LlavaProcessor(
+        tiny_image_processor(image_size),
+        tokenizer or tiny_tokenizer(),
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )
+
+
+def tiny_configs(
+    tokenizer: PreTrainedTokenizerFast,
     image_size: int = 28,
     vocab_size: int | None = None,
     num_layers: int = 2,
     hidden_size: int = 32,
-    seed: int = 0,
     **text_config: object,
-) -> LlavaForConditionalGeneration:
-    """Return a randomly initialised LLaVA of a few ten thousand parameters; equal for equal arguments."""
-    tokenizer = tokenizer or tiny_tokenizer()
-    torch.manual_seed(seed)
+) -> tuple[LlamaConfig, CLIPVisionConfig]:
+    """Return the configurations of a language model and of a CLIP tower with 14 px patches."""
     vision = CLIPVisionConfig(
         hidden_size=32,
         intermediate_size=64,
@@ -134,26 +144,67 @@ def tiny_llava(
             **text_config,
         }
     )
-    config = LlavaConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_index=tokenizer.get_vocab()["<image>"],
-        vision_feature_layer=-2,
-        vision_feature_select_strategy="default",
-        image_seq_length=(image_size // 14) ** 2,
-    )
-    return LlavaForConditionalGeneration(config)
+    return text, vision
 
 
-def write_tiny_vlm(folder: str | os.PathLike, kind: Literal["bytelevel", "metaspace"] = "bytelevel", **model) -> Path:
+def tiny_llava(
+    tokenizer: PreTrainedTokenizerFast | None = None,
+    image_size: int = 28,
+    vocab_size: int | None = None,
+    num_layers: int = 2,
+    hidden_size: int = 32,
+    seed: int = 0,
+    **text_config: object,
+) -> LlavaForConditionalGeneration:
+    """Return a randomly initialised LLaVA of a few ten thousand parameters; equal for equal arguments."""
+    tokenizer = tokenizer or tiny_tokenizer()
+    text, vision = tiny_configs(tokenizer, image_size, vocab_size, num_layers, hidden_size, **text_config)
+    torch.manual_seed(seed)
+    config = build_config("llava", text, vision, tokenizer.get_vocab()["<image>"], vision_feature_layer=-2)
+    return LlavaForConditionalGeneration(cast(LlavaConfig, config))
+
+
+def tiny_vlm(
+    family: Literal["llava", "llava_next", "mgm"] = "llava",
+    tokenizer: PreTrainedTokenizerFast | None = None,
+    image_size: int = 28,
+    seed: int = 0,
+    family_options: Mapping[str, object] | None = None,
+    **text_config: object,
+) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """Return a randomly initialised VLM of any family with its processor, equal for equal arguments.
+
+    ``llava_next`` has the original's five grids of 28 px tiles; ``mgm`` reads 64 px (``family_options`` of
+    `cal_train.models.mgm_family.TINY_HD` make it MGM-HD).
+    """
+    tokenizer = tokenizer or tiny_tokenizer()
+    text, vision = tiny_configs(tokenizer, image_size, **text_config)
+    is_mgm = family == "mgm"
+    aux = ConvNextConfig(**mgm_family.TINY_AUX) if is_mgm else None
+    options = family_options if family_options is not None else mgm_family.TINY if is_mgm else {}
+    image_token_id = tokenizer.get_vocab()["<image>"]
+    config = build_config(family, text, vision, image_token_id, vision_feature_layer=-2, aux_config=aux, **options)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForImageTextToText.from_config(config)
+    template = load_template("vicuna_v1")
+    return model, build_processor(family, config, tiny_image_processor(image_size), tokenizer, template)
+
+
+def tiny_llava_next(seed: int = 0, **options: object) -> LlavaNextForConditionalGeneration:
+    """Return a randomly initialised LLaVA-NeXT, see `tiny_vlm`."""
+    return cast(LlavaNextForConditionalGeneration, tiny_vlm("llava_next", seed=seed, **options)[0])
+
+
+def write_tiny_vlm(
+    folder: str | os.PathLike,
+    kind: Literal["bytelevel", "metaspace"] = "bytelevel",
+    family: Literal["llava", "llava_next", "mgm"] = "llava",
+    **model,
+) -> Path:
     """Save a tiny model with its processor and the ``vicuna_v1`` chat template; return the folder."""
-    from cal_train.data.conversation import load_template
-
-    tokenizer = tiny_tokenizer(kind)
-    processor = tiny_processor(tokenizer, model.get("image_size", 28))
-    processor.chat_template = load_template("vicuna_v1")
-    tiny_llava(tokenizer, **model).save_pretrained(folder)
-    processor.save_pretrained(folder)
+    for part in tiny_vlm(family, tiny_tokenizer(kind), **model):
+        part.save_pretrained(folder)
     return Path(folder)
 
 
@@ -179,6 +230,30 @@ def write_tiny_data(folder: str | os.PathLike, num_rows: int = 16, text_only_eve
             pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(folder / "images" / row["image"])
         rows.append(row)
+    path = folder / "data.json"
+    path.write_text(json.dumps(rows))
+    return path
+
+
+def write_tiny_image_rows(folder: str | os.PathLike, num_rows: int = 12, seed: int = 0) -> Path:
+    """Write ``data.json`` and its images: rows with 0 to 3 images of different sizes, some between texts; return it.
+
+    Row ``i`` has ``i % 4`` images; sides are 20 to 160 px, with ratios up to 5.
+    """
+    folder = Path(folder)
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    rows = []
+    for i in range(num_rows):
+        names = [f"{i}-{k}.png" for k in range(i % 4)]
+        for name in names:
+            height, width = (int(side) for side in rng.integers(20, 100, 2))
+            shape = (height, min(width * int(rng.integers(1, 3)), 160), 3)
+            Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).save(folder / "images" / name)
+        question = " and ".join(["<image>"] * len(names)) if i % 8 >= 4 else "<image>\n" * len(names)
+        answer = f"a {rng.choice(['red', 'green', 'blue'])} {rng.choice(['square', 'circle', 'dog'])}"
+        turns = [{"from": "human", "value": f"{question} what is it?"}, {"from": "gpt", "value": answer}]
+        rows.append({"id": f"row-{i}", "conversations": turns, **({"images": names} if names else {})})
     path = folder / "data.json"
     path.write_text(json.dumps(rows))
     return path

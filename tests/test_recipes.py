@@ -1,13 +1,16 @@
 """Recipes, launcher settings and data notes: they parse, and say what was published."""
 
+import argparse
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
+from cal_train.cli import compose
 from cal_train.cli.recipe import load_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -17,6 +20,7 @@ RECIPES = sorted(
 """Those of VLMs; tests/train/test_tower_recipes.py has the others."""
 LAUNCHERS = sorted((ROOT / "zero_configs").glob("*.yaml"))
 NUM_GPUS = 8
+PUBLISHED_WORDS = ("Time", "Expected", "Before")
 ON_CPU = ["--use_cpu", "true", "--tf32", "false"]  # bf16 and tf32 are refused on a machine without a GPU
 
 # LLaVA's scripts/v1_5/{pretrain,finetune,finetune_lora}.sh
@@ -27,14 +31,51 @@ PUBLISHED = {
 }
 LLAVA15 = [ROOT / "recipes" / size / f"{name}.yaml" for size in ("llava15_7b", "llava15_13b") for name in PUBLISHED]
 
+# per recipe: template, longest row, aspect ratio, learning rate of the vision tower
+# CAL's run_scripts/llava16_*.sh and scripts/general/*.sh; MGM's scripts/{gemma,llama}/train/*.sh
+FAMILIES = {
+    "llava_next_7b/pretrain": ("plain", 4096, "anyres", None),
+    "llava_next_7b/finetune": ("vicuna_v1", 4096, "anyres", 2e-6),
+    "llava_next_13b/pretrain": ("plain", 4096, "anyres", None),
+    "llava_next_13b/finetune": ("vicuna_v1", 4096, "anyres", 2e-6),
+    "mgm_2b/pretrain": ("gemma", 2048, "square", None),
+    "mgm_2b/finetune": ("gemma", 2048, "pad", None),
+    "mgm_7b/pretrain": ("plain", 2048, "square", None),
+    "mgm_7b/finetune": ("vicuna_v1", 2048, "pad", None),
+    "mgm_13b/pretrain": ("plain", 2048, "square", None),
+    "mgm_13b/finetune": ("vicuna_v1", 2048, "pad", None),
+    "mgm_7b_hd/finetune": ("vicuna_v1", 4096, "pad", None),
+    "mgm_13b_hd/finetune": ("vicuna_v1", 4096, "pad", None),
+}
+# scores without CAL: CAL's README for LLaVA-NeXT (the first five), MGM's README for MGM
+SCORES = {
+    "llava_next_7b": ("542", "75.1", "62.2", "64.2", "68.5"),
+    "llava_next_13b": ("553", "78.4", "63.8", "67.0", "71.8"),
+    "mgm_2b": ("56.2", "59.8", "1341 + 312", "31.1", "31.7", "29.1", "29.4"),
+    "mgm_7b": ("65.2", "69.3", "1523 + 316", "40.8", "36.1", "32.8", "31.4"),
+    "mgm_13b": ("65.9", "68.5", "1565 + 322", "46.0", "38.1", "33.5", "37.0"),
+    "mgm_7b_hd": ("68.4", "65.8", "1546 + 319", "41.3", "36.8", "32.9", "32.2"),
+    "mgm_13b_hd": ("70.2", "68.6", "1597 + 320", "50.5", "37.3", "35.1", "37.0"),
+}
+
 
 def relative(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
+def recipe_path(name: str) -> Path:
+    return ROOT / "recipes" / f"{name}.yaml"
+
+
+def header_of(path: Path) -> str:
+    return path.read_text(encoding="utf-8").split("\nmodel_name_or_path")[0]
+
+
 def test_the_search_reaches_the_files():
-    assert len(RECIPES) >= 11 and len(LAUNCHERS) >= 5
+    assert len(RECIPES) >= 26 and len(LAUNCHERS) >= 5
     assert set(LLAVA15) <= set(RECIPES)
+    of_families = {path for path in RECIPES if path.parent.name.startswith(("llava_next", "mgm"))}
+    assert of_families == {recipe_path(name) for name in FAMILIES}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=relative)
@@ -66,6 +107,35 @@ def test_llava15_has_the_published_hyper_parameters(path):
         assert (model.lora_r, model.lora_alpha, model.lora_dropout) == (128, 256, 0.05)
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_other_families_have_the_published_hyper_parameters(name):
+    template, max_length, aspect, vision_tower_lr = FAMILIES[name]
+    recipe = load_recipe(recipe_path(name), ON_CPU)
+    training, model, data = recipe.training, recipe.model, recipe.data
+    is_first = name.endswith("pretrain")
+    assert model.stage == ("pretrain" if is_first else "finetune")
+    batch = training.per_device_train_batch_size * training.gradient_accumulation_steps * NUM_GPUS
+    assert (batch, training.learning_rate) == ((256, 1e-3) if is_first else (128, 2e-5))
+    assert (data.template, data.model_max_length, model.image_aspect_ratio) == (template, max_length, aspect)
+    assert model.vision_tower_lr == vision_tower_lr
+    assert model.tune_vision_tower is (True if vision_tower_lr else None), "by default the stage freezes it"
+    assert (model.mm_projector_lr, model.tune_projector, model.tune_language_model) == (None, None, None)
+    assert data.group_by_modality_length is not is_first
+    assert data.image_position == ("keep" if is_first else "front")
+    assert (training.num_train_epochs, training.weight_decay, training.lr_scheduler_type) == (1, 0.0, "cosine")
+    assert training.get_warmup_steps(1000) == 30
+    assert training.bf16 and training.activation_checkpointing and not model.lora_enable
+    assert yaml.safe_load(recipe_path(name).read_text(encoding="utf-8"))["tf32"] is True
+
+
+@pytest.mark.parametrize("folder", SCORES)
+def test_header_gives_the_published_scores_in_their_order(folder):
+    header = header_of(recipe_path(f"{folder}/finetune"))
+    expected = header[header.index("# Expected") : header.index("With CAL")]
+    numbers = re.findall(r"(?<![\d.])\d+ \+ \d+|\d+\.\d|\b[45]\d\d\b", expected)
+    assert tuple(numbers[: len(SCORES[folder])]) == SCORES[folder]
+
+
 @pytest.mark.parametrize("size", ["llava15_7b", "llava15_13b"])
 def test_stage_two_starts_from_the_output_of_stage_one(size):
     first, *second = (load_recipe(ROOT / "recipes" / size / f"{name}.yaml", ON_CPU) for name in PUBLISHED)
@@ -73,7 +143,34 @@ def test_stage_two_starts_from_the_output_of_stage_one(size):
     assert len({recipe.training.output_dir for recipe in (first, *second)}) == 3
 
 
-@pytest.mark.parametrize("path", LLAVA15, ids=relative)
+@pytest.mark.parametrize("folder", [name.split("/")[0] for name in FAMILIES if name.endswith("pretrain")])
+def test_the_chain_of_the_other_families_is_closed(folder):
+    first, second = (load_recipe(recipe_path(f"{folder}/{stage}"), ON_CPU) for stage in ("pretrain", "finetune"))
+    assert second.model.model_name_or_path == first.training.output_dir != second.training.output_dir
+    header = header_of(recipe_path(f"{folder}/pretrain"))
+    found = re.search(r"cal-train compose (.*?--output \S+)$", header, re.MULTILINE | re.DOTALL)
+    assert found, "the header gives the command that makes the model"
+    parser = argparse.ArgumentParser()
+    compose.add_arguments(parser)
+    command = parser.parse_args(shlex.split(re.sub(r"\\\n#", "", found.group(1))))
+    assert str(command.output) == first.model.model_name_or_path
+    assert command.family == folder.rsplit("_", 1)[0]
+    assert (command.aux_tower is not None) is folder.startswith("mgm")
+
+
+@pytest.mark.parametrize("folder", ["mgm_7b", "mgm_13b"])
+def test_hd_starts_from_the_first_stage_of_the_smaller_images(folder):
+    first, high = load_recipe(recipe_path(f"{folder}/pretrain"), ON_CPU), recipe_path(f"{folder}_hd/finetune")
+    recipe, before = load_recipe(high, ON_CPU), header_of(high).split("# Before")[1].split("# Launch")[0]
+    assert not recipe_path(f"{folder}_hd/pretrain").exists(), "the original has no such stage"
+    found = re.search(r"write_hd_start\('(.+?)', '(.+?)'\)", before)
+    assert found and found.groups() == (first.training.output_dir, recipe.model.model_name_or_path)
+    assert f"recipes/{folder}/pretrain.yaml" in before
+    plain = load_recipe(recipe_path(f"{folder}/finetune"), ON_CPU)
+    assert recipe.training.output_dir != plain.training.output_dir
+
+
+@pytest.mark.parametrize("path", [*LLAVA15, *map(recipe_path, FAMILIES)], ids=relative)
 def test_one_flag_turns_cal_on(path):
     cal = load_recipe(path, [*ON_CPU, "--cal"]).cal
     assert (cal.cal, cal.cal_strategy, cal.cal_low, cal.cal_high, cal.cal_window) == (True, "cal", 1.0, 5.0, 3)
@@ -81,8 +178,9 @@ def test_one_flag_turns_cal_on(path):
 
 @pytest.mark.parametrize("path", RECIPES, ids=relative)
 def test_recipe_header_says_what_a_reader_needs(path):
-    header = path.read_text(encoding="utf-8").split("\nmodel_name_or_path")[0]
-    for word in ("Reproduces", "Data", "Hardware", "Launch", "CAL", "Status"):
+    header = header_of(path)
+    is_published = path in LLAVA15 or path.parent.name in SCORES
+    for word in ("Reproduces", "Data", "Hardware", "Launch", "CAL", "Status", *PUBLISHED_WORDS * is_published):
         assert re.search(rf"^# {word}\b", header, re.MULTILINE), f"{relative(path)} does not say: {word}"
     named = re.findall(r"(?:zero_configs|recipes|data)/[\w/]+\.yaml", header)
     assert relative(path) in named, "the launch line names the file itself"
@@ -138,24 +236,22 @@ def test_deepspeed_knows_every_zero_setting(name):
 
 def test_data_notes_add_up():
     notes = {path.stem: yaml.safe_load(path.read_text(encoding="utf-8")) for path in (ROOT / "data").glob("*.yaml")}
-    assert {"lcs558k", "llava_mix665k"} <= set(notes)
+    assert set(notes) == {
+        "lcs558k", "llava_mix665k", "llava_next", "open_llava_next", "mgm_pretrain", "mgm_instruction",
+    }  # fmt: skip
     rows = notes["llava_mix665k"]["rows"]
-    assert rows["total"] == sum(rows["by_folder"].values()) == sum(rows["by_source"].values())
+    assert rows["total"] == sum(rows["by_folder"].values())
+    for name in ("llava_mix665k", "mgm_pretrain", "mgm_instruction"):
+        assert notes[name]["rows"]["total"] == sum(notes[name]["rows"]["by_source"].values())
     for name, note in notes.items():
+        assert {"name", "source", "licence", "files", "layout", "rows", "template", "known_problems"} <= set(note)
         for recipe in note["used_by"]:
             assert f"data/{name}.yaml" in (ROOT / recipe).read_text(encoding="utf-8")
 
 
-def test_the_smoke_recipe_trains(tmp_path, monkeypatch):
-    from cal_train.cli.main import main
-    from cal_train.testing import write_tiny_data, write_tiny_vlm
-
-    recipe = ROOT / "recipes" / "smoke" / "llava15_tiny.yaml"
-    monkeypatch.chdir(tmp_path)
-    write_tiny_vlm("runs/smoke/model")
-    write_tiny_data("runs/smoke")
-    assert main(["train", str(recipe), "--report_to", "none"]) == 0
-    state = json.loads((tmp_path / "runs/smoke/out/checkpoint-4/trainer_state.json").read_text(encoding="utf-8"))
-    losses = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
-    assert state["global_step"] == 4 and len(losses) == 4
-    assert all(0 < loss < 20 for loss in losses), losses
+@pytest.mark.parametrize("name", FAMILIES)
+def test_recipe_and_note_name_the_same_files(name):
+    data = load_recipe(recipe_path(name), ON_CPU).data
+    (note,) = re.findall(r"see (data/\w+\.yaml)", header_of(recipe_path(name)))
+    check = yaml.safe_load((ROOT / note).read_text(encoding="utf-8"))["check"]
+    assert check.split() == ["cal-train", "check_data", data.data_path, "--image_root", data.image_folder]

@@ -1,6 +1,7 @@
-"""``compose``: build an untrained VLM from a language model and a vision tower."""
+"""``compose``: build an untrained VLM from a language model and vision towers."""
 
 import argparse
+import json
 import logging
 from pathlib import Path
 
@@ -9,7 +10,9 @@ from cal_train.models.compose import compose
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``compose``."""
-    parser.add_argument("--family", choices=["llava"], default="llava", help="Family of the VLM. Default: llava.")
+    parser.add_argument(
+        "--family", choices=["llava", "llava_next", "mgm"], default="llava", help="Family of the VLM. Default: llava."
+    )
     parser.add_argument("--llm", type=Path, required=True, metavar="DIR", help="Folder of a causal language model.")
     parser.add_argument("--gguf_file", metavar="FILE", help="Name of a GGUF file in --llm to read instead.")
     parser.add_argument(
@@ -18,6 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         metavar="DIR",
         help="Folder of a CLIP, SigLIP or DINOv2 tower, or of a CLIP or SigLIP dual encoder.",
+    )
+    parser.add_argument(
+        "--aux_tower", type=Path, metavar="DIR", help="Folder of a ConvNeXt tower for high-resolution images (mgm)."
     )
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="Folder to write.")
     parser.add_argument(
@@ -32,6 +38,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=["square", "pad"],
         default="square",
         help="How images become square: crop the centre, or pad with the mean colour. Default: square.",
+    )
+    parser.add_argument(
+        "--grid_pinpoints",
+        type=json.loads,
+        metavar="JSON",
+        help="Grids of tiles, [[height, width], ...] in pixels (llava_next). Default: LLaVA-NeXT's five, ordered so "
+        "that transformers chooses as the original code does.",
+    )
+    parser.add_argument(
+        "--image_grid",
+        type=int,
+        choices=[1, 2],
+        default=1,
+        help="Tiles along a side (mgm); 2 is MGM-HD, which also sees the whole image. Default: 1.",
     )
     parser.add_argument(
         "--vision_feature_layer",
@@ -80,6 +100,10 @@ def run(args: argparse.Namespace) -> int:
         pad_vocabulary_to=args.pad_vocabulary_to,
         standardize_on=args.standardize_on,
         seed=args.seed,
+        family=args.family,
+        aux_tower=args.aux_tower,
+        grid_pinpoints=args.grid_pinpoints,
+        image_grid=args.image_grid,
     )
     print(f"wrote {folder}")
     print(f"next: cal-train train RECIPE.yaml --stage pretrain --model_name_or_path {folder}")

@@ -17,6 +17,7 @@ VERBS = {
     "preview": "show tokens, labels and image spans of samples",
     "score": "write logits with and without image, delta and weight per label token",
     "merge": "fold LoRA adapters into a plain checkpoint",
+    "convert": "bring original LLaVA, LLaVA-NeXT, CAL and MGM checkpoints to Hugging Face layout, and back",
     "env": "print versions and hardware, for bug reports",
     "demo": "train and compare a small real VLM with and without CAL",
     "demo_towers": "pretrain small real towers by every method, and compare them",

@@ -41,7 +41,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), will_train: boo
     return Recipe(*load_groups(OPTIONS, path, overrides, will_train))
 
 
-def processor_options(recipe: Recipe) -> tuple[str, str, Literal["pad", "square"] | None]:
+def processor_options(recipe: Recipe) -> tuple[str, str, Literal["pad", "square", "anyres"] | None]:
     """Return what `cal_train.data.processor.load_processor` needs of a recipe."""
     return recipe.model.model_name_or_path, recipe.data.template, recipe.model.image_aspect_ratio
 

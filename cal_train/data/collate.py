@@ -8,6 +8,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from cal_train.types import IGNORE_INDEX, Problem
 
+TEXT_KEYS = ("input_ids", "labels", "num_cut", "sample_id")
+"""What every example holds; the rest is for the vision side."""
+
 DROPPED_ROW_ID = "(dropped)"
 """Sample id of the stand-in row of a batch whose rows were all dropped."""
 
@@ -16,9 +19,10 @@ class Collator:
     """Make a batch of what `cal_train.data.dataset.VlmDataset` returns.
 
     B rows, S longest row, I images, P patches, D tower width. The batch holds ``input_ids``, ``attention_mask`` and
-    ``labels`` (B, S) int64, padded on the right; ``pixel_values`` (I, C, H, W) float32 or ``vision_features``
-    (I, P, D), in the order of the image placeholders, both absent when no row has an image; ``sample_ids`` (B strings),
-    ``dropped``, the `Problem` of every bad row, and ``num_truncated``, how many rows lost text to the length limit.
+    ``labels`` (B, S) int64, padded on the right; the vision inputs of the family (``pixel_values`` (I, C, H, W) float32
+    and others, concatenated) or ``vision_features`` (I, P, D), in the order of the image placeholders, absent when no
+    row has an image; ``sample_ids`` (B strings), ``dropped``, the `Problem` of every bad row, and ``num_truncated``,
+    how many rows lost text to the length limit.
 
     A batch whose rows were all dropped comes out as one row of one pad token without labels, so that every rank still
     takes its step.
@@ -46,8 +50,8 @@ class Collator:
             "dropped": dropped,
             "num_truncated": sum(example["num_cut"] > 0 for example in examples),
         }
-        kinds = [key for key in ("pixel_values", "vision_features") if any(key in example for example in examples)]
-        if len(kinds) > 1:
+        kinds = list(dict.fromkeys(key for example in examples for key in example if key not in TEXT_KEYS))
+        if "vision_features" in kinds and len(kinds) > 1:
             missing = [example["sample_id"] for example in examples if "pixel_values" in example]
             raise ValueError(
                 f"images of sample {missing[0]!r} are not in the feature cache while those of others are: "

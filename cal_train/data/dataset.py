@@ -14,7 +14,15 @@ from transformers import ProcessorMixin
 
 from cal_train.conf import DataArguments
 from cal_train.data.conversation import render, resolve_template
-from cal_train.data.images import DEFAULT_LIMITS, ImageLimits, count_image_tokens, open_image
+from cal_train.data.image_sizes import add_sizes, read_sizes, size_key, write_sizes
+from cal_train.data.images import (
+    DEFAULT_LIMITS,
+    ImageLimits,
+    count_image_tokens,
+    image_inputs,
+    is_anyres,
+    open_image,
+)
 from cal_train.data.records import Rows, parse_row
 from cal_train.data.sources import Source, draw_rows, modality_lengths, summarize, training_sources
 from cal_train.data.tokenize import tokenize_conversation
@@ -49,7 +57,7 @@ class VlmDataset(Dataset):
 
         Args:
             sources: The mixture.
-            processor: A LLaVA processor; its image processor makes ``pixel_values``.
+            processor: Of the model; its image processor makes the vision inputs.
             template: A template's name, see `cal_train.data.conversation.resolve_template`.
             max_length: Tokens per row, image placeholders included.
             image_position: ``front`` moves the image marks of a turn to its beginning, each followed by a newline.
@@ -76,8 +84,7 @@ class VlmDataset(Dataset):
         self.rows = [Rows(source.path) for source in self.sources]
         self.summaries = [summarize(rows) for rows in self.rows]
         self._warn_about_rows()
-        tokens_per_image = count_image_tokens(processor, [(336, 336)])[0]
-        self._lengths = np.concatenate([modality_lengths(summary, tokens_per_image) for summary in self.summaries])
+        self._lengths: np.ndarray | None = None
         self._first_rows = np.cumsum([0, *(len(rows) for rows in self.rows)])  # of each source, in `_lengths`
         self.set_epoch(0)
         if not len(self):
@@ -95,7 +102,29 @@ class VlmDataset(Dataset):
     @property
     def lengths(self) -> np.ndarray:
         """Words plus image tokens of each row of this epoch (rows,) int64, negative for text-only rows."""
+        if self._lengths is None:
+            self.measure()
+        assert self._lengths is not None
         return self._lengths[self._first_rows[self._index[:, 0]] + self._index[:, 1]]
+
+    def measure(self, file: Path | None = None, show_progress: bool = False) -> None:
+        """Count words and image tokens of every row, for `lengths`.
+
+        Where the number of tokens depends on the image's size, headers are read; an image that cannot be used counts
+        as 0 tokens and is reported when its row is read. Otherwise no image is touched.
+
+        Args:
+            file: Keeps the sizes for the next run.
+            show_progress: Draw a bar while headers are read.
+        """
+        if is_anyres(self.processor):
+            num_tokens = self._tokens_from_headers(file, show_progress)
+        else:
+            per_image = count_image_tokens(self.processor, [(336, 336)])[0]
+            num_tokens = [summary.num_images.astype(np.int64) * per_image for summary in self.summaries]
+        self._lengths = np.concatenate(
+            [modality_lengths(summary, tokens) for summary, tokens in zip(self.summaries, num_tokens, strict=True)]
+        )
 
     def __len__(self) -> int:
         return len(self._index)
@@ -104,8 +133,8 @@ class VlmDataset(Dataset):
         """Return one example, or the `Problem` of a bad row.
 
         Keys: ``input_ids``, ``labels`` (S,) int64; ``num_cut``, the text tokens lost to truncation;
-        ``sample_id``; for rows with images ``pixel_values``
-        (images, C, H, W) float32 or ``vision_features`` (images, P, D).
+        ``sample_id``; for rows with images the vision inputs of `cal_train.data.images.image_inputs`, or
+        ``vision_features`` (images, P, D).
         """
         try:
             sample = self.load_sample(i)
@@ -142,12 +171,35 @@ class VlmDataset(Dataset):
 
     def iter_images(self) -> Iterator[Path | bytes]:
         """Yield the images of every row of every source, in order and with repeats; rows of bad form are left out."""
-        for source, rows in zip(self.sources, self.rows, strict=True):
-            for row in range(len(rows)):
-                try:
-                    yield from parse_row(rows[row], source.path, row, source.root).images
-                except BadSampleError:
-                    continue  # reported when the row is read
+        for k in range(len(self.sources)):
+            for images in self._images_of_rows(k):
+                yield from images
+
+    def _images_of_rows(self, k: int) -> Iterator[tuple[Path | bytes, ...]]:
+        """Yield the images of each row of source ``k``; none for a row of bad form, which is reported when read."""
+        source, rows = self.sources[k], self.rows[k]
+        for row in range(len(rows)):
+            try:
+                yield parse_row(rows[row], source.path, row, source.root).images
+            except BadSampleError:
+                yield ()
+
+    def _tokens_from_headers(self, file: Path | None, show_progress: bool) -> list[np.ndarray]:
+        """Return the image tokens of each row (rows,) int64, per source."""
+        sizes = read_sizes(file) if file is not None else {}
+        keys: list[list[list[int]]] = [[] for _ in self.sources]  # of each image of each row of each source
+
+        def keyed_images() -> Iterator[tuple[int, Path | bytes]]:
+            for k in range(len(self.sources)):
+                for images in self._images_of_rows(k):
+                    keys[k].append([size_key(image) for image in images])
+                    yield from zip(keys[k][-1], images, strict=True)
+
+        if add_sizes(sizes, keyed_images(), self.limits, show_progress) and file is not None:
+            write_sizes(file, sizes)
+        usable = sorted({size for size in sizes.values() if any(size)})
+        tokens_of = dict(zip(usable, count_image_tokens(self.processor, usable), strict=True)) | {(0, 0): 0}
+        return [np.array([sum(tokens_of[sizes[key]] for key in row) for row in rows], np.int64) for rows in keys]
 
     def _vision(self, sample: Sample) -> tuple[dict[str, torch.Tensor], list[int]]:
         """Return the sample's vision inputs and how many placeholders each of its images takes."""
@@ -159,10 +211,7 @@ class VlmDataset(Dataset):
             if len(features) == len(loaded):
                 return {"vision_features": torch.stack(features)}, [len(feature) for feature in features]
         images = [open_sample_image(sample, k, self.limits) for k in range(len(sample.images))]
-        pixel_values = self.processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
-        return {"pixel_values": pixel_values}, count_image_tokens(
-            self.processor, [(im.height, im.width) for im in images]
-        )
+        return image_inputs(self.processor, images)
 
     def _warn_about_rows(self) -> None:
         for source, summary in zip(self.sources, self.summaries, strict=True):

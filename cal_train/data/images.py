@@ -1,4 +1,4 @@
-"""Image files to RGB, safely; the aspect-ratio choice; how many placeholders an image takes."""
+"""Image files to RGB, safely; the aspect-ratio choice; images to what the model reads of them, and their tokens."""
 
 import io
 import struct
@@ -6,9 +6,10 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+import torch
 from PIL import Image
 from transformers import ProcessorMixin
 
@@ -79,24 +80,72 @@ def open_image(source: Path | bytes, limits: ImageLimits = DEFAULT_LIMITS) -> Im
     raise ValueError(f"image of {width} x {height} pixels: {problem}")
 
 
-def apply_aspect_ratio(processor: ProcessorMixin, mode: Literal["pad", "square"] | None) -> None:
+def read_size(source: Path | bytes, limits: ImageLimits = DEFAULT_LIMITS) -> tuple[int, int] | None:
+    """Return (height, width) in pixels from an image's header; None for an image that `open_image` would refuse."""
+    file = io.BytesIO(source) if isinstance(source, bytes) else source
+    try:
+        with Image.open(file, formats=_FORMATS) as image:
+            width, height = image.size
+    except (Image.DecompressionBombError, *_DECODE_ERRORS):
+        return None
+    return (height, width) if size_problem(width, height, limits) is None else None
+
+
+def apply_aspect_ratio(processor: ProcessorMixin, mode: Literal["pad", "square", "anyres"] | None) -> None:
     """Set how the processor makes images square, so that what is saved with it is what was trained.
 
     ``pad`` pads to a square with the mean colour, ``int(255 * mean)``, before resizing; ``square`` resizes the short
-    side and crops the centre; ``None`` leaves the processor as it is.
+    side and crops the centre; ``None`` leaves the processor as it is. ``anyres`` is what LLaVA-NeXT's processor does,
+    which cuts an image into tiles and can do nothing else.
 
     Raises:
-        ValueError: If ``pad`` is asked of an image processor that cannot pad to a square.
+        ValueError: If ``pad`` is asked of an image processor that cannot pad to a square, or if ``anyres`` and a
+            processor that tiles images do not come together.
     """
     if mode is None:
         return
     image_processor = processor.image_processor
+    if (mode == "anyres") != is_anyres(processor):
+        does = "tiles images" if is_anyres(processor) else "does not tile images"
+        raise ValueError(
+            f"image_aspect_ratio {mode!r}: {type(image_processor).__name__} {does}. Leave the option out, or use a "
+            "model of another family"
+        )
+    if mode == "anyres":
+        return
     if mode == "pad" and not hasattr(image_processor, "pad_to_square"):
         raise ValueError(
             f"image_aspect_ratio 'pad': {type(image_processor).__name__} cannot pad to a square. Use LLaVA's image "
             "processor (`cal-train compose` writes it), or image_aspect_ratio: square"
         )
     image_processor.do_pad = mode == "pad"
+
+
+def is_anyres(processor: ProcessorMixin) -> bool:
+    """Return whether images are cut into tiles, so that their number of tokens depends on their size."""
+    return getattr(processor.image_processor, "image_grid_pinpoints", None) is not None
+
+
+def image_inputs(processor: ProcessorMixin, images: Sequence[Image.Image]) -> tuple[dict[str, torch.Tensor], list[int]]:
+    """Return what the model reads of the images, and the placeholders that each takes.
+
+    Args:
+        processor: Of the model.
+        images: PIL RGB images; at least one.
+
+    Returns:
+        Tensors that are batched by concatenation: ``pixel_values`` (I, C, H, W), and whatever else the family's image
+        processor makes. Of anyres processors ``pixel_values`` (T, C, H, W), the tiles of all images, and
+        ``image_sizes`` (I, 2): height and width.
+    """
+    counts = count_image_tokens(processor, [(image.height, image.width) for image in images])
+    image_processor: Any = processor.image_processor
+    if not is_anyres(processor):
+        made = image_processor(images=list(images), return_tensors="pt")
+        return {name: made[name] for name in image_processor.model_input_names}, counts
+    each = [image_processor(images=[image], return_tensors="pt") for image in images]  # one by one: no padding tiles
+    tiles = torch.cat([made["pixel_values"][0] for made in each])
+    return {"pixel_values": tiles, "image_sizes": torch.cat([made["image_sizes"] for made in each])}, counts
 
 
 def count_image_tokens(processor: ProcessorMixin, image_sizes_hw: Sequence[tuple[int, int]]) -> list[int]:

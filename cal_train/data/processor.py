@@ -10,7 +10,7 @@ from cal_train.data.images import apply_aspect_ratio
 
 
 def load_processor(
-    folder: str | Path, template: str = "chat", image_aspect_ratio: Literal["pad", "square"] | None = None
+    folder: str | Path, template: str = "chat", image_aspect_ratio: Literal["pad", "square", "anyres"] | None = None
 ) -> ProcessorMixin:
     """Return a model folder's processor with the chat template and aspect ratio of a run, to be saved with its result.
 

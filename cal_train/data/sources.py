@@ -90,9 +90,14 @@ def summarize(rows: Rows) -> RowSummary:
     return RowSummary(num_words, num_images, duplicates, num_leading_answers)
 
 
-def modality_lengths(summary: RowSummary, tokens_per_image: int) -> np.ndarray:
-    """Return words plus image tokens per row, negative where there is no image (LLaVA's convention); never 0."""
-    lengths = np.maximum(summary.num_words.astype(np.int64) + summary.num_images * tokens_per_image, 1)
+def modality_lengths(summary: RowSummary, num_image_tokens: np.ndarray) -> np.ndarray:
+    """Return words plus image tokens per row, negative where there is no image (LLaVA's convention); never 0.
+
+    Args:
+        summary: Of the source.
+        num_image_tokens: Of each row, (rows,) int64.
+    """
+    lengths = np.maximum(summary.num_words.astype(np.int64) + num_image_tokens, 1)
     return np.where(summary.num_images > 0, lengths, -lengths)
 
 

@@ -1,8 +1,8 @@
-"""Build an untrained VLM from a language model and a vision tower, in plain Hugging Face layout.
+"""Build an untrained VLM from a language model and vision towers, in plain Hugging Face layout.
 
-The parts go into transformers' `LlavaForConditionalGeneration` with LLaVA-1.5's projector (two linear layers with a
-GELU between them). The folder is written, loaded again, and only kept if it computes what its parts compute: text
-logits equal the language model's, image features the tower's.
+The parts go into transformers' `LlavaForConditionalGeneration`, `LlavaNextForConditionalGeneration` or our MGM class,
+with LLaVA-1.5's projector (two linear layers with a GELU between them). The folder is written, loaded again, and only
+kept if it computes what its parts compute: text logits equal the language model's, image features the tower's.
 
 Source: Liu et al. 2023, arXiv:2310.03744, section 3; class layout of transformers 5. Differs: the image token is a row
 of the vocabulary, as in all of transformers, not a negative placeholder id.
@@ -10,54 +10,32 @@ of the vocabulary, as in all of transformers, not a negative placeholder id.
 
 import logging
 import shutil
-from copy import deepcopy
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformers import (
     AutoModelForImageTextToText,
-    AutoProcessor,
     GenerationConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
-from cal_train.models.llm import (
-    check_folder,
-    embedding_of,
-    fold_logit_scale,
-    grow_embeddings,
-    load_llm,
-    softcap_of,
-    text_logits,
-)
+from cal_train.models.anyres import check_grid
+from cal_train.models.layout import PARTS_OF, PRETRAINED_PARTS, build_config, build_processor
+from cal_train.models.llm import check_folder, fold_logit_scale, grow_embeddings, load_llm
+from cal_train.models.probe import check_folder_computes, probe_parts
 from cal_train.models.standardize import standardize_projector
-from cal_train.models.tower import load_image_processor, selected_features
+from cal_train.models.tower import load_aux_tower, load_image_processor
 from cal_train.models.vocabulary import add_image_and_pad_token, choose_template, load_tokenizer, stop_token_ids
-from cal_train.towers.loading import at_image_size, has_class_token, load_tower
+from cal_train.towers.loading import at_image_size, load_tower
 from cal_train.types import IMAGE_MARK
 
 logger = logging.getLogger(__name__)
 
-PROBE_TOKENS = 12
-
-
-@dataclass(frozen=True)
-class Probe:
-    """Inputs, and what the parts made of them before they were put together."""
-
-    input_ids: Tensor
-    logits: Tensor
-    softcap: float | None
-    pixel_values: Tensor
-    features: Tensor
+Family = Literal["llava", "llava_next", "mgm"]
 
 
 def compose(
@@ -73,6 +51,10 @@ def compose(
     pad_vocabulary_to: int = 1,
     standardize_on: Path | None = None,
     seed: int = 0,
+    family: Family = "llava",
+    aux_tower: Path | None = None,
+    grid_pinpoints: Sequence[Sequence[int]] | None = None,
+    image_grid: int = 1,
 ) -> Path:
     """Write an untrained VLM folder that transformers' auto classes load.
 
@@ -89,7 +71,12 @@ def compose(
         pad_vocabulary_to: The vocabulary's rows become a multiple of this.
         standardize_on: Folder of images: the projector starts as if the features of these were standardised
             (`cal_train.models.standardize`). Default: LLaVA's plain start.
-        seed: Of the projector's initial weights.
+        seed: Of the initial weights of the projector and of what else is new.
+        family: Which class the parts go into.
+        aux_tower: Folder of a ConvNeXt tower for high-resolution images (``mgm``).
+        grid_pinpoints: Grids of tiles as (height, width) in pixels (``llava_next``). Default: LLaVA-NeXT's five, in the
+            order that makes transformers choose as the original code does.
+        image_grid: Tiles along a side (``mgm``): 1, or 2 for MGM-HD, which also sees the whole image.
 
     Returns:
         The output folder.
@@ -101,26 +88,33 @@ def compose(
     llm, vision_tower, output = Path(llm), Path(vision_tower), Path(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"output {output} exists and is not an empty folder: choose another one")
+    _check_options(family, image_aspect_ratio, aux_tower, grid_pinpoints, image_grid, standardize_on)
     check_folder(llm, gguf_file)
     image_processor = load_image_processor(vision_tower, image_size, image_aspect_ratio)
     size = image_processor.crop_size["height"]
+    family_options: dict[str, Any] = {}
+    if grid_pinpoints is not None:
+        family_options["image_grid_pinpoints"] = check_grid(grid_pinpoints, size)
     tokenizer = load_tokenizer(llm, gguf_file)
     chat_template = choose_template(tokenizer, template)
 
     tower = load_tower(vision_tower)
     resized_tower = at_image_size(tower, size)
     language_model = load_llm(llm, gguf_file, dtype)
+    aux = None if aux_tower is None else load_aux_tower(Path(aux_tower))
+    if aux is not None:
+        family_options |= _mgm_options(resized_tower.config, aux.config, image_grid)
     logger.info("language model: %s, %s", type(language_model).__name__, language_model.dtype)
     logger.info("vision tower: %s, layer %d at %d px", type(tower).__name__, vision_feature_layer, size)
     tower.to(dtype=language_model.dtype)  # pyright: ignore[reportCallIssue]  (transformers wraps `to` without types)
-    probe = _probe(language_model, tower, vision_feature_layer, size, seed)
+    probe = probe_parts(language_model, tower, vision_feature_layer, size, seed)
 
     add_image_and_pad_token(tokenizer, chat_template)
     scale = fold_logit_scale(language_model)
     num_rows = grow_embeddings(language_model, len(tokenizer), pad_vocabulary_to)
     logger.info("vocabulary: %d tokens, %d rows added, logit scale %g", len(tokenizer), num_rows, scale)
 
-    model = _assemble(language_model, resized_tower, tokenizer, vision_feature_layer, seed)
+    model = _assemble(family, language_model, resized_tower, aux, tokenizer, vision_feature_layer, seed, family_options)
     if standardize_on is not None:
         num_images = standardize_projector(model, image_processor, standardize_on)
         logger.info("projector: starts on features standardised on %d images of %s", num_images, standardize_on)
@@ -130,122 +124,104 @@ def compose(
         pad_token_id=tokenizer.pad_token_id,
     )
     tokenizer.chat_template = chat_template
-    processor = LlavaProcessor(
-        image_processor=image_processor,
-        tokenizer=tokenizer,
-        patch_size=resized_tower.config.patch_size,
-        vision_feature_select_strategy=model.config.vision_feature_select_strategy,
-        num_additional_image_tokens=int(has_class_token(resized_tower.config)),
-        image_token=IMAGE_MARK,
-        chat_template=chat_template,
-    )
+    processor = build_processor(family, model.config, image_processor, tokenizer, chat_template)
     try:
         model.save_pretrained(output)
         processor.save_pretrained(output)
-        del model, language_model, resized_tower  # the reload below needs their memory
-        _check(output, probe)
+        del model, language_model, resized_tower, aux  # the reload below needs their memory
+        check_folder_computes(output, probe)
     except BaseException:
         shutil.rmtree(output, ignore_errors=True)  # a folder that fails its check must not look usable
         raise
     return output
 
 
+def _check_options(
+    family: str,
+    image_aspect_ratio: str,
+    aux_tower: Path | None,
+    grid_pinpoints: Sequence[Sequence[int]] | None,
+    image_grid: int,
+    standardize_on: Path | None,
+) -> None:
+    """Refuse options that the family does not read."""
+    misplaced = [
+        (image_aspect_ratio == "pad" and family == "llava_next", "image_aspect_ratio=pad", "it cuts images into tiles"),
+        (aux_tower is not None and family != "mgm", "aux_tower", "only mgm has an auxiliary tower"),
+        (grid_pinpoints is not None and family != "llava_next", "grid_pinpoints", "only llava_next has them"),
+        (image_grid != 1 and family != "mgm", "image_grid", "only mgm has one"),
+        (standardize_on is not None and family == "mgm", "standardize_on", "its projector reads mined features"),
+    ]
+    for is_misplaced, option, reason in misplaced:
+        if is_misplaced:
+            raise ValueError(f"{option} does not apply to family {family!r}: {reason}. Leave it out")
+    if family == "mgm" and aux_tower is None:
+        raise ValueError("family 'mgm' needs an auxiliary tower for high-resolution images: name one with --aux_tower")
+
+
+def _mgm_options(vision_config: Any, aux_config: Any, image_grid: int) -> dict[str, Any]:
+    """Return MGM's sizes: 8 x 8 cells of the auxiliary tower's largest map per patch, as in MGM (768 px) and MGM-HD."""
+    side = 8 * aux_config.patch_size * image_grid * (vision_config.image_size // vision_config.patch_size)
+    return {"image_grid": image_grid, "image_global": image_grid > 1, "high_res_size": side}
+
+
 def _assemble(
+    family: str,
     llm: PreTrainedModel,
     tower: PreTrainedModel,
+    aux: PreTrainedModel | None,
     tokenizer: PreTrainedTokenizerBase,
     vision_feature_layer: int,
     seed: int,
-) -> LlavaForConditionalGeneration:
-    dtype = llm.dtype
-    text_config, vision_config = deepcopy(llm.config), deepcopy(tower.config)
-    vars(text_config).pop("quantization_config", None)  # left by GGUF, whose weights are plain by now
-    for part_config in (text_config, vision_config):
-        part_config._name_or_path = Path(part_config._name_or_path).name  # paths of this machine do not travel
-    text_config.dtype = vision_config.dtype = dtype
-    text_config.pad_token_id = tokenizer.pad_token_id
-    config = LlavaConfig(
-        vision_config=vision_config,
-        text_config=text_config,
-        image_token_index=tokenizer.get_vocab()[IMAGE_MARK],
-        image_seq_length=(tower.config.image_size // tower.config.patch_size) ** 2,
-        vision_feature_layer=vision_feature_layer,
-        vision_feature_select_strategy="default" if has_class_token(tower.config) else "full",
-        projector_hidden_act="gelu",
-        tie_word_embeddings=text_config.tie_word_embeddings,
-        dtype=dtype,
+    family_options: dict[str, Any],
+) -> PreTrainedModel:
+    vars(llm.config).pop("quantization_config", None)  # left by GGUF, whose weights are plain by now
+    for part in (llm, tower, aux):
+        if part is not None:
+            part.config._name_or_path = Path(part.config._name_or_path).name  # paths of this machine do not travel
+            part.config.dtype = llm.dtype
+    llm.config.pad_token_id = tokenizer.pad_token_id
+    image_token_id = tokenizer.get_vocab()[IMAGE_MARK]
+    aux_config = None if aux is None else aux.config
+    config = build_config(
+        family, llm.config, tower.config, image_token_id, vision_feature_layer, aux_config, **family_options
     )
     with torch.device("meta"):
-        model = LlavaForConditionalGeneration(config)
+        model = AutoModelForImageTextToText.from_config(config)
     if type(model.model.language_model) is not type(llm.base_model):
         raise ValueError(
             f"{type(llm).__name__} cannot be taken apart into decoder and head: its decoder is a "
             f"{type(llm.base_model).__name__}, LLaVA would build a {type(model.model.language_model).__name__}"
         )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        projector = LlavaMultiModalProjector(config)  # nn.Linear's own initialisation, as LLaVA's
-    parts = {
-        "model.language_model": llm.base_model,
-        "model.vision_tower": tower,
-        "model.multi_modal_projector": projector,
-        "lm_head": llm.get_output_embeddings(),
+    sources = {"language_model": llm.base_model, "lm_head": llm.get_output_embeddings(), "vision_tower": tower}
+    if aux is not None:
+        sources["aux_tower"] = aux
+    prefixes = PARTS_OF[family]
+    state = {
+        f"{prefixes[name]}.{key}": value for name, part in sources.items() for key, value in part.state_dict().items()
     }
-    state = {f"{at}.{key}": value.to(dtype) for at, part in parts.items() for key, value in part.state_dict().items()}
-    model.load_state_dict(state, strict=True, assign=True)
+    for name, prefix in prefixes.items():
+        if name not in PRETRAINED_PARTS:
+            state |= _untrained(model, prefix, seed)
+    model.load_state_dict({key: value.to(llm.dtype) for key, value in state.items()}, strict=True, assign=True)
     model.tie_weights()
     return model
 
 
-def _probe(llm: PreTrainedModel, tower: PreTrainedModel, layer: int, image_size: int, seed: int) -> Probe:
-    generator = torch.Generator().manual_seed(seed)
-    input_ids = torch.randint(embedding_of(llm).num_embeddings, (1, PROBE_TOKENS), generator=generator)
-    pixel_values = torch.randn(1, 3, image_size, image_size, generator=generator).to(tower.dtype)
-    return Probe(
-        input_ids=input_ids,
-        logits=text_logits(llm, input_ids),
-        softcap=softcap_of(llm),
-        pixel_values=pixel_values,
-        features=selected_features(tower, pixel_values, layer).float(),
-    )
+def _untrained(model: PreTrainedModel, prefix: str, seed: int) -> dict[str, Tensor]:
+    """Return start weights of a new part by their names in the model, float32, a function of the seed alone.
 
-
-@torch.no_grad()
-def _check(folder: Path, probe: Probe) -> None:
-    loaded = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto", output_loading_info=True)
-    model, info = cast(tuple[PreTrainedModel, dict], loaded)
-    model.eval()
-    if unaccounted := sorted([*info["missing_keys"], *info["unexpected_keys"]]):
-        raise ValueError(f"the saved model does not load again: weight {unaccounted[0]} is missing or not expected")
-    processor = AutoProcessor.from_pretrained(folder, backend="pil")
-
-    plain = text_logits(model, probe.input_ids)[..., : probe.logits.shape[-1]]
-    logits = plain if probe.softcap is None else probe.softcap * torch.tanh(plain / probe.softcap)
-    _require_equal("text logits", "language model", logits, probe.logits, model.dtype)
-    if probe.softcap is not None:
-        logger.warning(
-            "the language model caps its logits at %g, which LLaVA's class does not: on a probe text the logits differ "
-            "by up to %.3g. Training then goes without the cap.",
-            probe.softcap,
-            (plain - probe.logits).abs().max(),
-        )
-    features = selected_features(model.model.vision_tower, probe.pixel_values, model.config.vision_feature_layer)
-    _require_equal("image features", "vision tower", features.float(), probe.features, model.dtype)
-
-    num_features = model.model.get_image_features(probe.pixel_values).pooler_output[0].shape[0]
-    num_tokens = processor._get_num_multimodal_tokens([tuple(probe.pixel_values.shape[-2:])]).num_image_tokens[0]
-    if num_features != num_tokens:
-        raise ValueError(f"the model makes {num_features} features of an image, the processor {num_tokens} tokens")
-
-
-def _require_equal(what: str, part: str, ours: Tensor, theirs: Tensor, dtype: torch.dtype) -> None:
-    """Refuse a difference beyond rounding: 1e-5 in float32 (relative where values exceed 1), 2 % in half precision."""
-    largest = float(theirs.abs().max())
-    limit = 1e-5 * max(1.0, largest) if dtype == torch.float32 else 0.02 * largest
-    difference = float((ours - theirs).abs().max())
-    if not difference <= limit:  # catches NaN too
-        raise ValueError(
-            f"the {what} of the composed model differ from those of its {part} by up to {difference:.3g} "
-            f"(allowed: {limit:.3g}): LLaVA's class does not compute what this {part} computes, choose another one"
-        )
-    logger.info("check: %s differ from the %s's by at most %.2g", what, part, difference)
+    Modules start as torch starts them, which is how LLaVA's projector does; LLaVA-NeXT's newline is drawn from
+    N(0, 1 / D).
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        parent, _, name = prefix.rpartition(".")
+        parameter = getattr(model.get_submodule(parent), name)
+        if isinstance(parameter, torch.nn.Parameter):
+            return {prefix: torch.randn(parameter.shape) * parameter.shape[-1] ** -0.5}
+        part = parameter.to_empty(device="cpu").float()
+        for module in part.modules():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+        return {f"{prefix}.{key}": value for key, value in part.state_dict().items()}

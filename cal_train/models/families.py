@@ -6,9 +6,9 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from cal_train.models import llava
+from cal_train.models import llava, llava_next, mgm_family
 
-FAMILIES: dict[str, ModuleType] = {"llava": llava}
+FAMILIES: dict[str, ModuleType] = {"llava": llava, "llava_next": llava_next, "mgm": mgm_family}
 
 
 def family_of(model: PreTrainedModel) -> ModuleType:

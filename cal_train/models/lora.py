@@ -2,27 +2,32 @@
 
 The original LLaVA keeps a LoRA run's projector in a side file that is written only at the very end. Here the projector
 is one of peft's ``modules_to_save``: every saved adapter is complete and can be resumed, merged and moved on its own.
+LLaVA-NeXT's newline is a parameter without a module, which peft does not save: `save_newline` adds it to the adapter's
+file under its name in the wrapped model, where peft's own loading finds it.
 """
 
 import json
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import nn
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig, PreTrainedModel
 
 from cal_train.conf import LORA_TARGETS
 from cal_train.models.parts import part_of
 
-PROJECTOR = "multi_modal_projector"
+_WEIGHTS_NAME = "adapter_model.safetensors"
 
 
 def add_lora(
     model: PreTrainedModel, r: int, alpha: int, dropout: float, target_modules: str = LORA_TARGETS
 ) -> PeftModel:
-    """Return the model behind peft, with LoRA on linear layers of the language model and a trained projector.
+    """Return the model behind peft, with LoRA on linear layers of the language model and a projector of its own.
 
     Args:
         model: The VLM; a quantised language model is fine. Its ``name_or_path`` is remembered for `merge`.
@@ -35,10 +40,34 @@ def add_lora(
         ValueError: If the expression matches nothing, or anything outside the language model.
     """
     _check_targets(model, target_modules)
+    body = model.base_model
+    projectors = [name for name, _ in body.named_children() if part_of(f"{name}.") == "projector"]
     config = LoraConfig(
-        r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=target_modules, modules_to_save=[PROJECTOR]
+        r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=target_modules, modules_to_save=projectors
     )
     return get_peft_model(model, config)
+
+
+def save_newline(model: PeftModel, folder: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
+    """Add the newline to an adapter that peft has just saved; nothing happens for a model without one.
+
+    Args:
+        model: The wrapped VLM.
+        folder: Of the adapter.
+        state_dict: The wrapped model's weights, gathered from all ranks. Default: the model's own.
+    """
+    newlines = {
+        name: parameter if state_dict is None else state_dict[name]
+        for name, parameter in model.named_parameters()
+        if part_of(name) == "image_newline"
+    }
+    if not newlines:
+        return
+    file = Path(folder) / _WEIGHTS_NAME
+    with safe_open(file, framework="pt") as weights:
+        metadata = weights.metadata()
+    complete = load_file(file) | {name: tensor.detach().cpu().contiguous() for name, tensor in newlines.items()}
+    save_file(complete, file, metadata=metadata)
 
 
 def merge(adapter: Path, output: Path, base: Path | None = None) -> Path:
@@ -53,7 +82,8 @@ def merge(adapter: Path, output: Path, base: Path | None = None) -> Path:
         The output folder.
 
     Raises:
-        ValueError: If a folder is not what it should be, or the output folder is not empty.
+        ValueError: If a folder is not what it should be, the adapter lacks the model's newline, or the output folder is
+            not empty.
     """
     adapter, output = Path(adapter), Path(output)
     base = _base_of(adapter) if base is None else Path(base)
@@ -62,6 +92,7 @@ def merge(adapter: Path, output: Path, base: Path | None = None) -> Path:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"output {output} exists and is not an empty folder: choose another one")
     model = AutoModelForImageTextToText.from_pretrained(base, dtype="auto")
+    _check_newline(model, adapter)
     merged = PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True)
     for source in (adapter, base):
         if (source / "generation_config.json").is_file():
@@ -77,6 +108,22 @@ def merge(adapter: Path, output: Path, base: Path | None = None) -> Path:
         shutil.rmtree(output, ignore_errors=True)  # half a checkpoint must not look like one
         raise
     return output
+
+
+def _check_newline(model: PreTrainedModel, adapter: Path) -> None:
+    """Refuse an adapter without the model's newline: it was trained, and the base model's is another one."""
+    if not any(part_of(name) == "image_newline" for name, _ in model.named_parameters()):
+        return
+    file = adapter / _WEIGHTS_NAME
+    keys: list[str] = []
+    if file.is_file():
+        with safe_open(file, framework="pt") as weights:
+            keys = list(weights.keys())
+    if not any(key.endswith(".image_newline") for key in keys):
+        raise ValueError(
+            f"{file} holds no image_newline, which {type(model).__name__} is trained with: merged, the model would be "
+            "another one than was trained. Take the adapter folder as the run saved it"
+        )
 
 
 def _check_targets(model: PreTrainedModel, target_modules: str) -> None:

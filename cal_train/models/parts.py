@@ -11,19 +11,27 @@ from typing import Any, Literal
 
 from torch import nn
 
-Part = Literal["vision_tower", "projector", "language_model"]
-PARTS: tuple[Part, ...] = ("vision_tower", "projector", "language_model")
+Part = Literal["vision_tower", "projector", "image_newline", "language_model"]
+PARTS: tuple[Part, ...] = ("vision_tower", "projector", "image_newline", "language_model")
 
-STAGES: dict[str, tuple[Part, ...]] = {"pretrain": ("projector",), "finetune": ("projector", "language_model")}
-"""Parts that each stage trains. Source: Liu et al. 2023, arXiv:2310.03744, section 3."""
+STAGES: dict[str, tuple[Part, ...]] = {
+    "pretrain": ("projector",),
+    "finetune": ("projector", "image_newline", "language_model"),
+}
+"""Parts that each stage trains, as far as a family has them. Source: Liu et al. 2023, arXiv:2310.03744, section 3; the
+original LLaVA-NeXT freezes its newline in stage 1."""
 
 _PART_OF_MODULE: dict[str, Part] = {
     "vision_tower": "vision_tower",
+    "vision_tower_aux": "vision_tower",
     "multi_modal_projector": "projector",
+    "patch_info_mining": "projector",
+    "image_newline": "image_newline",
     "language_model": "language_model",
     "lm_head": "language_model",
 }
-_MODULE = re.compile(r"(?:^|\.)(" + "|".join(_PART_OF_MODULE) + r")\.")
+_MODULE = re.compile(r"(?:^|\.)(" + "|".join(_PART_OF_MODULE) + r")(?:\.|$)")
+_TOWER = re.compile(r"(?:^|\.)vision_tower\.")
 _TOWER_LAYER = re.compile(r"\.layers?\.(\d+)\.")
 _TOWER_INPUT = re.compile(r"\.(embeddings\.(?!mask_token)|pre_layrnorm\.)")
 
@@ -61,12 +69,12 @@ def freeze(model: nn.Module, stage: str, overrides: Mapping[Part, bool | None] |
 
     Args:
         model: The VLM, or its peft wrapper (`cal_train.models.lora.add_lora` goes first).
-        stage: ``pretrain`` trains the projector, ``finetune`` the projector and the language model.
+        stage: ``pretrain`` trains the projector, ``finetune`` the projector, the newline and the language model.
         overrides: Per part, whether it is trained; ``None`` or absent follows the stage.
 
     Raises:
-        ValueError: If the stage or a part is unknown, nothing is left to train, or a vision tower is to be trained
-            beside LoRA, whose adapter would not save it.
+        ValueError: If the stage or a part is unknown, a part is asked for that the model lacks, nothing is left to
+            train, or a vision tower is to be trained beside LoRA, whose adapter would not save it.
     """
     overrides = overrides or {}
     if stage not in STAGES:
@@ -91,20 +99,26 @@ def freeze(model: nn.Module, stage: str, overrides: Mapping[Part, bool | None] |
             wanted = wanted and _reaches_selected_layer(name, num_layers)
         parameter.requires_grad_(wanted)
     counts = count_parameters(model)
+    if lacking := {part for part, wish in wishes.items() if wish} - {count.part for count in counts}:
+        part = sorted(lacking)[0]
+        raise ValueError(f"tune_{part} is set, but this model has no {part}: leave it out")
     if not any(count.num_trainable for count in counts):
         raise ValueError(f"stage {stage!r} with overrides {dict(overrides)} leaves nothing to train: train some part")
     return counts
 
 
 def count_parameters(model: nn.Module) -> list[PartCount]:
-    """Return the parameters of every part; peft's untouched originals of copied modules are not counted twice."""
+    """Return the parameters of every part that the model has.
+
+    The untouched originals of modules that peft has copied are not counted.
+    """
     totals, trainable = dict.fromkeys(PARTS, 0), dict.fromkeys(PARTS, 0)
     for name, parameter in model.named_parameters():
         if ".original_module." in name:
             continue
         totals[part_of(name)] += _numel(parameter)
         trainable[part_of(name)] += _numel(parameter) if parameter.requires_grad else 0
-    return [PartCount(part, totals[part], trainable[part]) for part in PARTS]
+    return [PartCount(part, totals[part], trainable[part]) for part in PARTS if totals[part]]
 
 
 def num_tower_layers_used(model: nn.Module) -> int:
@@ -177,5 +191,7 @@ def _numel(parameter: nn.Parameter) -> int:
 
 
 def _reaches_selected_layer(name: str, num_layers: int) -> bool:
+    if not _TOWER.search(name):
+        return True  # an auxiliary tower is read to its end
     layer = _TOWER_LAYER.search(name)
     return int(layer.group(1)) < num_layers if layer else _TOWER_INPUT.search(name) is not None

@@ -14,7 +14,7 @@ from typing import cast
 
 import torch
 from torch import Tensor
-from transformers import LlavaForConditionalGeneration
+from transformers import PreTrainedModel
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from cal_train.data.images import open_image
@@ -27,14 +27,12 @@ MOST_IMAGES = 512
 
 
 @torch.no_grad()
-def standardize_projector(
-    model: LlavaForConditionalGeneration, image_processor: LlavaImageProcessorPil, images: Path
-) -> int:
+def standardize_projector(model: PreTrainedModel, image_processor: LlavaImageProcessorPil, images: Path) -> int:
     """Fold the mean and deviation of the selected features into the projector's first layer, in place.
 
     Args:
-        model: A VLM with an untrained projector.
-        image_processor: That of the model.
+        model: A VLM with an untrained projector that reads a tower's features (LLaVA and LLaVA-NeXT).
+        image_processor: Makes square images for the tower.
         images: Folder of images like those of the training data.
 
     Returns:
@@ -75,7 +73,7 @@ def channel_statistics(batches: Iterator[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def _features(
-    model: LlavaForConditionalGeneration, image_processor: LlavaImageProcessorPil, paths: Sequence[Path]
+    model: PreTrainedModel, image_processor: LlavaImageProcessorPil, paths: Sequence[Path]
 ) -> Iterator[Tensor]:
     """Yield what the projector reads of the images, batch by batch, as (tokens, D)."""
     tower = model.model.vision_tower

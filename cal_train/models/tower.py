@@ -1,14 +1,14 @@
 """What a VLM takes from a vision tower: the hidden state of a layer, and the image processor."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
+from transformers import ConvNextModel, PreTrainedModel
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-from cal_train.towers.loading import stored_image_processor
+from cal_train.towers.loading import folder_config, stored_image_processor
 
 
 @torch.no_grad()
@@ -31,6 +31,48 @@ def selected_features(tower: PreTrainedModel, pixel_values: Tensor, layer: int) 
         raise ValueError(f"vision_feature_layer {layer} does not exist: the tower has {num_states} hidden states")
     options = {} if tower.config.model_type == "dinov2" else {"interpolate_pos_encoding": True}
     return tower(pixel_values, output_hidden_states=True, **options).hidden_states[layer]
+
+
+def patch_features(model: PreTrainedModel, pixel_values: Tensor) -> Tensor:
+    """Return what the projector of a VLM reads, (I, P, width of the tower), without a graph if the tower is frozen.
+
+    Args:
+        model: A VLM with a ``vision_tower``, unwrapped.
+        pixel_values: Images or tiles (I, C, H, W).
+    """
+    config: Any = model.config
+    tower: Any = model.base_model.vision_tower
+    # Activation checkpointing makes even a frozen tower's input require gradients: it must not record a graph.
+    is_trained = any(parameter.requires_grad for parameter in tower.parameters())
+    with torch.set_grad_enabled(torch.is_grad_enabled() and is_trained):
+        hidden_states = tower(pixel_values, output_hidden_states=True).hidden_states
+    selected = config.vision_feature_layer
+    layers = [selected] if isinstance(selected, int) else selected
+    start = 1 if config.vision_feature_select_strategy == "default" else 0  # "default" drops the class token
+    return torch.cat([hidden_states[index][:, start:] for index in layers], dim=-1)
+
+
+def blank_pixels(model: PreTrainedModel) -> Tensor:
+    """Return one black image (1, C, H, W) at the size of the model's vision tower."""
+    config: Any = model.config.vision_config
+    return torch.zeros(1, getattr(config, "num_channels", 3), config.image_size, config.image_size, device=model.device)
+
+
+def load_aux_tower(folder: Path) -> PreTrainedModel:
+    """Load the ConvNeXt tower that reads images at high resolution (MGM), in eval mode and without foreign code.
+
+    Raises:
+        ValueError: If the folder holds another model, or lacks weights.
+    """
+    config = folder_config(folder, "auxiliary tower")
+    if config.model_type != "convnext":
+        raise ValueError(f"auxiliary tower {folder} is a {config.model_type!r}: MGM reads a 'convnext' in HF layout")
+    loaded = ConvNextModel.from_pretrained(folder, weights_only=True, output_loading_info=True)
+    tower, info = cast(tuple[PreTrainedModel, dict[str, Any]], loaded)
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(f"auxiliary tower {folder} lacks {len(missing)} weights, the first is {missing[0]}")
+    tower.layernorm = nn.Identity()  # the norm behind the last stage, which MGM does not read
+    return tower.eval()
 
 
 def load_image_processor(

@@ -32,11 +32,16 @@ class FeatureCache:
     """Callable ``cache(image) -> features (P, width of the tower)``; None for an image that was never cached.
 
     Raises:
-        ValueError: If the vision tower is trainable, or partitioned by ZeRO-3.
+        ValueError: If the family's features cannot be cached, or the tower is trainable or partitioned by ZeRO-3.
     """
 
     def __init__(self, folder: Path, model: PreTrainedModel, processor: ProcessorMixin):
         family = family_of(model)
+        if not family.CACHES_FEATURES:
+            raise ValueError(
+                f"vision_feature_cache does not work with model_type {model.config.model_type!r}, whose images differ "
+                "in what the tower sees of them: unset it"
+            )
         if any(p.requires_grad for p in family.tower_parameters(model)):
             raise ValueError("vision_feature_cache needs a frozen vision tower: unset tune_vision_tower or the cache")
         if any(hasattr(p, "ds_id") for p in family.tower_parameters(model)):
@@ -108,7 +113,8 @@ class FeatureCache:
         progress = tqdm(total=len(images), desc="vision features", unit="image", disable=not show_progress)
         for num_seen, batch_keys, pixel_values in loader:
             if batch_keys:
-                parts.append(family_of(self.model).vision_features(self.model, pixel_values.to(device)).cpu())
+                images = {"pixel_values": pixel_values.to(device)}
+                parts.append(family_of(self.model).vision_features(self.model, images).cpu())
                 keys += batch_keys
             if len(keys) >= SHARD_IMAGES:
                 self._write_shard(keys, torch.cat(parts))

@@ -24,6 +24,7 @@ from cal_train.data.dataset import VlmDataset, build_dataset, build_eval_dataset
 from cal_train.data.processor import load_processor
 from cal_train.data.sampling import ModalityLengthSampler, ShuffledSampler
 from cal_train.data.sources import training_sources
+from cal_train.models.anyres import check_grids
 from cal_train.models.families import FAMILIES
 from cal_train.models.lora import add_lora
 from cal_train.models.parts import Part, PartCount, freeze
@@ -50,6 +51,7 @@ def train(recipe: Recipe) -> Path:
 
     processor = load_processor(recipe.model.model_name_or_path, recipe.data.template, recipe.model.image_aspect_ratio)
     model = load_model(recipe.model, recipe.training)
+    check_grids(model.config, processor, recipe.model.model_name_or_path)
     model.generation_config.eos_token_id = stop_token_ids(processor.tokenizer, cast(str, processor.chat_template))
     drop_idle_sampling_options(model)
     trainable = wrap_lora(model, recipe.model)
@@ -154,6 +156,7 @@ def part_overrides(model_args: ModelArguments) -> dict[Part, bool | None]:
         "projector": model_args.tune_projector,
         "language_model": model_args.tune_language_model,
         "vision_tower": model_args.tune_vision_tower,
+        "image_newline": model_args.tune_image_newline,
     }
 
 
@@ -192,6 +195,8 @@ def build_sampler(recipe: Recipe, dataset: VlmDataset) -> ShuffledSampler:
     args = recipe.training
     if not recipe.data.group_by_modality_length:
         return ShuffledSampler(dataset, data_seed(args))
+    with args.main_process_first(local=False, desc="image sizes"):  # the others find the file
+        dataset.measure(output_folder(args) / "image_sizes.npz", show_progress=not args.disable_tqdm)
     return ModalityLengthSampler(dataset, rows_per_step(args), data_seed(args))
 
 

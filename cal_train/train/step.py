@@ -64,7 +64,8 @@ def run_step(model: PreTrainedModel, batch: Batch, options: StepOptions) -> dict
 
     Args:
         model: The VLM itself (this runs inside its forward).
-        batch: ``input_ids``, ``attention_mask``, ``labels`` (B, S) and ``pixel_values`` or ``vision_features``.
+        batch: ``input_ids``, ``attention_mask``, ``labels`` (B, S) and the family's vision inputs or
+            ``vision_features``.
         options: Head, weighting and what the engine asks for.
 
     Returns:
@@ -137,14 +138,14 @@ def every_position(labels_BS: Tensor) -> Targets:
 
 
 def embed(
-    model: PreTrainedModel, input_ids_BS: Tensor, images: Batch, image_mask_BS: Tensor, options: StepOptions
+    model: PreTrainedModel, input_ids_BS: Tensor, batch: Batch, image_mask_BS: Tensor, options: StepOptions
 ) -> Tensor:
     """Return the input embeddings (B, S, D) with the image embeddings in the place of the image tokens.
 
     Args:
         model: The VLM.
         input_ids_BS: Token ids with expanded image placeholders.
-        images: May hold ``pixel_values`` (I, C, H, W) or ``vision_features`` (I, P, width of the tower).
+        batch: May hold the family's ``VISION_INPUTS``, or ``vision_features`` from the cache.
         image_mask_BS: True at image placeholders.
         options: Of the step.
 
@@ -153,17 +154,18 @@ def embed(
     """
     family = family_of(model)
     embeds_BSD = model.get_input_embeddings()(input_ids_BS)
-    features = images.get("vision_features")
-    if features is None and images.get("pixel_values") is not None:
-        features = family.vision_features(model, images["pixel_values"])
+    images = {name: batch[name] for name in family.VISION_INPUTS if batch.get(name) is not None}
+    features = batch.get("vision_features")
+    if features is None and images:
+        features = family.vision_features(model, images)
     if features is None:
         blank = blank_image_embeds(model, options)
         return embeds_BSD if blank is None else embeds_BSD + 0.0 * blank.sum().to(embeds_BSD.dtype)
-    image_embeds = family.image_embeds(model, features).to(embeds_BSD.dtype)
+    image_embeds = family.image_embeds(model, features, images).to(embeds_BSD.dtype)
     if len(image_embeds) != int(image_mask_BS.sum()):
         raise ValueError(
-            f"{len(features)} images make {len(image_embeds)} embeddings but the batch has {int(image_mask_BS.sum())} "
-            "image tokens: the processor's patch_size or select strategy does not fit the vision tower"
+            f"the images make {len(image_embeds)} embeddings but the batch has {int(image_mask_BS.sum())} image "
+            "tokens: the processor's patch_size or select strategy does not fit the vision tower"
         )
     return embeds_BSD.masked_scatter(image_mask_BS[..., None], image_embeds)
 
@@ -176,11 +178,13 @@ def blank_image_embeds(model: PreTrainedModel, options: StepOptions) -> Tensor |
     """
     family = family_of(model)
     is_learning = torch.is_grad_enabled() and any(p.requires_grad for p in family.vision_parameters(model))
-    if options.has_cached_features and (is_learning or options.is_sharded):
-        return family.image_embeds(model, family.blank_features(model))
-    if options.is_sharded or (is_learning and any(p.requires_grad for p in family.tower_parameters(model))):
-        return family.image_embeds(model, family.vision_features(model, family.blank_pixels(model)))
-    return family.image_embeds(model, family.blank_features(model)) if is_learning else None
+    if not (is_learning or options.is_sharded):
+        return None
+    images = family.blank_images(model)
+    is_tower_needed = options.is_sharded or any(p.requires_grad for p in family.tower_parameters(model))
+    if family.CACHES_FEATURES and (options.has_cached_features or not is_tower_needed):
+        return family.image_embeds(model, family.blank_features(model), images)
+    return family.image_embeds(model, family.vision_features(model, images), images)
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence, Sized
 from typing import Any, Protocol, cast
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedModel, ProcessorMixin, Trainer, TrainerCallback, TrainerControl, TrainerState
@@ -13,6 +14,7 @@ from cal_train.cal.strategies import TokenWeighting
 from cal_train.conf import VlmTrainingArguments
 from cal_train.models.families import base_model
 from cal_train.models.head import find_head
+from cal_train.models.lora import save_newline
 from cal_train.models.parts import parameter_groups
 from cal_train.train.checkpoint import load_weights_strictly
 from cal_train.train.metrics import WEIGHT_SUMS, Stopwatch, learning_rates, weight_report, weight_sums
@@ -231,8 +233,10 @@ class VlmTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
         # An adapter folder would lack what the template's answers end with; `merge` takes it from there.
-        if self.args.should_save and not isinstance(self.model, PreTrainedModel):
-            base_model(self.model).generation_config.save_pretrained(output_dir or cast(str, self.args.output_dir))
+        if self.args.should_save and isinstance(self.model, PeftModel):
+            folder = output_dir or cast(str, self.args.output_dir)
+            base_model(self.model).generation_config.save_pretrained(folder)
+            save_newline(self.model, folder, state_dict)
 
     def _is_sharded(self) -> bool:
         deepspeed = self.accelerator.state.deepspeed_plugin

@@ -68,6 +68,9 @@ def test_parts_are_told_by_name_with_and_without_wrapper(name):
     assert part_of(f"{name}model.multi_modal_projector.modules_to_save.default.linear_1.weight") == "projector"
     assert part_of(f"{name}model.language_model.layers.0.self_attn.q_proj.lora_A.default.weight") == "language_model"
     assert part_of(f"{name}lm_head.weight") == "language_model"
+    assert part_of(f"{name}model.image_newline") == "image_newline"
+    assert part_of(f"{name}model.vision_tower_aux.encoder.stages.0.layers.1.dwconv.weight") == "vision_tower"
+    assert part_of(f"{name}model.patch_info_mining.query.norm.weight") == "projector"
     with pytest.raises(ValueError, match="no known part"):
         part_of(f"{name}model.audio_tower.weight")
 

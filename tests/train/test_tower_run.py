@@ -268,7 +268,7 @@ def test_a_finished_run_is_measured_by_the_verb_as_during_training(run, tower_re
     found = json.loads(out.read_text())
     for kind in ("retrieval", "zero_shot"):
         assert found[kind] and all(during[f"eval_{kind}/{name}"] == value for name, value in found[kind].items())
-    assert found["linear_probe"]["accuracy"] > 0.2, "fitted and tested on sixteen classes of one image; guessing is 0.06"
+    assert found["linear_probe"]["accuracy"] > 0.2, "tested where it was fitted: sixteen classes; guessing is 0.06"
 
     assert main(["eval_tower", "--checkpoint", str(folder)]) == 2
     assert main(["eval_tower", "--checkpoint", str(folder), "--probe_train", data]) == 2

@@ -1,0 +1,157 @@
+"""The towers of an original checkpoint: their configuration, and their weights where the checkpoint has none.
+
+The original config.json only names its towers. OpenAI's CLIP towers, which nearly all published checkpoints have, are
+known here; for others the tower's folder has to be given.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import CLIPVisionConfig, ConvNextConfig, ConvNextModel, PreTrainedConfig
+from transformers.image_utils import PILImageResampling
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+from cal_train.models.convert.keys import AUX_TOWER, CONVNEXT, TOWER, rename
+from cal_train.models.convert.reading import inside, read_tensors
+from cal_train.models.tower import load_image_processor
+from cal_train.towers.loading import folder_config, load_strict, load_tower
+
+_LARGE = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "patch_size": 14,
+    "projection_dim": 768,
+}
+KNOWN_TOWERS: dict[str, dict[str, Any]] = {
+    "clip-vit-large-patch14": _LARGE | {"image_size": 224},
+    "clip-vit-large-patch14-336": _LARGE | {"image_size": 336},
+}
+"""Last part of a tower's name -> configuration. Source: the configurations that OpenAI published with the weights."""
+
+_OPEN_CLIP_FILES = ("open_clip_pytorch_model.bin", "open_clip_model.safetensors")
+_TRUNK = "visual.trunk."
+
+
+@dataclass(frozen=True)
+class VisionTower:
+    """What is known of a vision tower; ``state`` is empty if the checkpoint itself holds the weights."""
+
+    config: PreTrainedConfig
+    state: dict[str, Tensor]
+    image_processor: LlavaImageProcessorPil
+    source: str
+
+
+@torch.no_grad()
+def vision_tower(
+    folder: Path | None, name: str, image_aspect_ratio: Literal["square", "pad"], has_state: bool, where: str
+) -> VisionTower:
+    """Return configuration and image processor of the vision tower, and its weights if the checkpoint has none.
+
+    Args:
+        folder: The tower's folder, or None.
+        name: ``mm_vision_tower`` of the checkpoint. It is compared with known names and never opened.
+        image_aspect_ratio: How images become square.
+        has_state: Whether the checkpoint holds the tower's weights, which then count.
+        where: The checkpoint, for messages.
+
+    Raises:
+        ValueError: If the folder is needed and not given, or is not a usable tower.
+    """
+    if folder is not None:
+        image_processor = load_image_processor(folder, None, image_aspect_ratio)
+        if has_state:
+            return VisionTower(_tower_config(folder), {}, image_processor, str(where))
+        tower = load_tower(folder)
+        state = {f"{TOWER}{key}": value for key, value in tower.state_dict().items()}
+        return VisionTower(tower.config, state, image_processor, folder.name)
+    known = KNOWN_TOWERS.get(name.rstrip("/").rpartition("/")[2])
+    if not has_state or known is None:
+        lacks = "what kind of tower it has" if has_state else "the weights of its vision tower"
+        raise ValueError(f"{where} does not hold {lacks} ({name}): name the tower's folder with --vision_tower")
+    config = CLIPVisionConfig(**known)
+    return VisionTower(config, {}, _clip_image_processor(known["image_size"], image_aspect_ratio), str(where))
+
+
+def known_name(config: PreTrainedConfig) -> str | None:
+    """Return the hub name of the tower that has this configuration, or None."""
+    for name, fields in KNOWN_TOWERS.items():
+        known = CLIPVisionConfig(**fields)
+        if config.model_type == known.model_type and all(
+            getattr(config, field) == getattr(known, field)
+            for field in (*fields, "hidden_act")
+            if field != "projection_dim"
+        ):
+            return f"openai/{name}"
+    return None
+
+
+def aux_config(state: Mapping[str, Tensor], prefix: str = AUX_TOWER) -> ConvNextConfig:
+    """Return the configuration of a ConvNeXt tower, read off the shapes of its weights.
+
+    Args:
+        state: Weights by transformers' names behind ``prefix``.
+        prefix: In front of the tower's own names.
+
+    Raises:
+        ValueError: If the stem or a stage is missing.
+    """
+    layer = re.compile(re.escape(prefix) + r"encoder\.stages\.(\d+)\.layers\.(\d+)\.dwconv\.weight")
+    found = {(int(match[1]), int(match[2])): name for name in state if (match := layer.fullmatch(name))}
+    stem = state.get(f"{prefix}embeddings.patch_embeddings.weight")
+    num_stages = len({stage for stage, _ in found})
+    if stem is None or not all((stage, 0) in found for stage in range(max(num_stages, 1))):
+        raise ValueError("the weights of the second tower are incomplete: its stem or the first block of a stage lacks")
+    return ConvNextConfig(
+        num_channels=stem.shape[1],
+        patch_size=stem.shape[-1],
+        num_stages=num_stages,
+        hidden_sizes=[state[found[stage, 0]].shape[0] for stage in range(num_stages)],
+        depths=[sum(where == stage for where, _ in found) for stage in range(num_stages)],
+        hidden_act="gelu",
+    )
+
+
+def aux_state(folder: Path, name: str | None, where: str) -> dict[str, Tensor]:
+    """Return the weights of a ConvNeXt tower from a folder of open_clip, with timm's names, or of transformers.
+
+    Raises:
+        ValueError: If the folder is neither.
+    """
+    for file in _OPEN_CLIP_FILES:
+        if (folder / file).is_file():
+            trunk = {
+                key.removeprefix(_TRUNK): value
+                for key, value in read_tensors(inside(folder, file)).items()
+                if key.startswith((f"{_TRUNK}stem.", f"{_TRUNK}stages."))
+            }
+            return {f"{AUX_TOWER}{key}": value for key, value in rename(trunk, CONVNEXT, str(folder)).tensors.items()}
+    config = folder_config(folder, "aux tower")
+    if config.model_type != "convnext":
+        raise ValueError(f"aux tower {folder} has model_type {config.model_type!r}: {where} needs a ConvNeXt ({name})")
+    state = load_strict(ConvNextModel, folder, "aux tower").state_dict()
+    return {f"{AUX_TOWER}{key}": value for key, value in state.items() if not key.startswith("layernorm.")}
+
+
+def _tower_config(folder: Path) -> PreTrainedConfig:
+    config: Any = folder_config(folder, "vision tower")
+    return config.vision_config if config.model_type in ("clip", "siglip") else config
+
+
+def _clip_image_processor(side: int, image_aspect_ratio: Literal["square", "pad"]) -> LlavaImageProcessorPil:
+    return LlavaImageProcessorPil(
+        size={"shortest_edge": side},
+        crop_size={"height": side, "width": side},
+        do_pad=image_aspect_ratio == "pad",
+        image_mean=list(OPENAI_CLIP_MEAN),
+        image_std=list(OPENAI_CLIP_STD),
+        resample=PILImageResampling.BICUBIC,
+    )
