@@ -85,7 +85,10 @@ class DataArguments:
     eval_data_path: str | None = field(default=None, metadata={"help": "Rows for the evaluation loss."})
     template: str = field(
         default="chat",
-        metadata={"help": "plain, vicuna_v1, llama3, chatml, gemma, or chat (the model folder's own chat template)."},
+        metadata={
+            "help": "plain, vicuna_v1, llama3, chatml, gemma, mistral, chatml_direct, mgm_gemma, or chat (the model "
+            "folder's own chat template)."
+        },
     )
     model_max_length: int = field(default=2048, metadata={"help": "Tokens per row, image tokens included."})
     image_position: Literal["keep", "front"] = field(

@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -170,7 +170,7 @@ def tiny_vlm(
     image_size: int = 28,
     seed: int = 0,
     family_options: Mapping[str, object] | None = None,
-    **text_config: object,
+    **text_config: Any,
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
     """Return a randomly initialised VLM of any family with its processor, equal for equal arguments.
 
@@ -191,7 +191,7 @@ def tiny_vlm(
     return model, build_processor(family, config, tiny_image_processor(image_size), tokenizer, template)
 
 
-def tiny_llava_next(seed: int = 0, **options: object) -> LlavaNextForConditionalGeneration:
+def tiny_llava_next(seed: int = 0, **options: Any) -> LlavaNextForConditionalGeneration:
     """Return a randomly initialised LLaVA-NeXT, see `tiny_vlm`."""
     return cast(LlavaNextForConditionalGeneration, tiny_vlm("llava_next", seed=seed, **options)[0])
 

@@ -5,6 +5,7 @@ import json
 import logging
 from pathlib import Path
 
+from cal_train.data.conversation import TURN_MARKS
 from cal_train.models.compose import compose
 
 
@@ -29,8 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--template",
         metavar="NAME",
-        help="Chat template to save: vicuna_v1, llama3, chatml, gemma, plain, or chat (the language model's own). "
-        "Default: chat if the language model has one, else vicuna_v1.",
+        help=f"Chat template to save: {', '.join(TURN_MARKS)}, or chat (the language model's own). Default: chat if "
+        "the language model has one, else vicuna_v1.",
     )
     parser.add_argument("--image_size", type=int, metavar="PX", help="Side of the images. Default: the tower's own.")
     parser.add_argument(

@@ -1,6 +1,6 @@
 r"""Messages to text: chat templates, and which characters of the text are supervised.
 
-The five templates are Jinja files beside this module. They work in plain transformers, take message contents as a
+The templates are Jinja files beside this module. They work in plain transformers, take message contents as a
 string or as a list of parts, and carry ``{% generation %}`` marks around exactly the assistant's text and its end mark,
 so the one that trained can be saved with the processor. The rendered text contains every special token, the begin
 token included: tokenize it with ``add_special_tokens=False``.
@@ -31,8 +31,13 @@ TURN_MARKS: dict[str, tuple[str, ...]] = {
     "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
     "chatml": ("<|im_start|>", "<|im_end|>"),
     "gemma": ("<start_of_turn>", "<end_of_turn>"),
+    "mistral": (),  # as vicuna_v1
+    "chatml_direct": ("<|im_start|>", "<|im_end|>"),
+    "mgm_gemma": ("<start_of_turn>", "<end_of_turn>"),
 }
 """Our templates, and the tokens that each needs as single special tokens of the tokenizer."""
+
+_ENDS_WITH_EOS = ("vicuna_v1", "mistral", "mgm_gemma")
 
 _GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _IMAGE_PART = re.compile(f"({re.escape(IMAGE_MARK)})")
@@ -62,9 +67,10 @@ def load_template(name: str) -> str:
 def missing_marks(name: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Return the marks of template ``name`` that are not single special tokens of the tokenizer."""
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    if name == "vicuna_v1":
-        return [] if tokenizer.eos_token in special else [f"an end token (eos_token is {tokenizer.eos_token!r})"]
-    return [mark for mark in TURN_MARKS[name] if mark not in special]
+    missing = [mark for mark in TURN_MARKS[name] if mark not in special]
+    if name in _ENDS_WITH_EOS and tokenizer.eos_token not in special:
+        missing.append(f"an end token (eos_token is {tokenizer.eos_token!r})")
+    return missing
 
 
 def resolve_template(name: str, processor: ProcessorMixin | PreTrainedTokenizerBase) -> str:

@@ -5,7 +5,7 @@ The packing is transformers' own (``pack_image_features``). T tiles of all image
 Source: Liu et al. 2024, LLaVA-NeXT; class layout of transformers 5.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from itertools import chain
 from typing import Any
 
@@ -50,7 +50,10 @@ def image_embeds(model: LlavaNextForConditionalGeneration, features: Tensor, ima
             "image_grid_pinpoints of the image processor and of config.json differ, make them equal"
         )
     projected = model.model.multi_modal_projector(features).split(counts)
-    return _with_newline(model, lambda newline: _pack(model, projected, sizes, newline))
+    # A bare parameter is read outside its module's forward; within the root's forward DeepSpeed and FSDP2 gather it.
+    newline = model.model.image_newline
+    packed, _ = model.model.pack_image_features(projected, sizes, config.vision_feature_select_strategy, newline)
+    return torch.cat(packed)
 
 
 def language_model(model: LlavaNextForConditionalGeneration) -> nn.Module:
@@ -82,31 +85,3 @@ def vision_parameters(model: LlavaNextForConditionalGeneration) -> Iterator[nn.P
     """Yield the parameters that only images reach: tower, projector and newline."""
     body = model.model
     return chain(tower_parameters(model), body.multi_modal_projector.parameters(), [body.image_newline])
-
-
-def _pack(
-    model: LlavaNextForConditionalGeneration, projected: tuple[Tensor, ...], sizes: list[list[int]], newline: Tensor
-) -> Tensor:
-    strategy = model.config.vision_feature_select_strategy
-    packed, _ = model.model.pack_image_features(projected, sizes, strategy, newline)
-    return torch.cat(packed)
-
-
-def _with_newline(model: LlavaNextForConditionalGeneration, inside: Callable[[Tensor], Tensor]) -> Tensor:
-    """Return ``inside(image_newline)``, computed in the forward of the module that owns the newline.
-
-    It is a bare parameter of the body: ZeRO-3 gathers it only while the body's own forward runs, as with the output
-    head (`cal_train.models.head`).
-    """
-    body: Any = model.model
-    if not getattr(body.forward, "gives_newline", False):
-        body.forward = _newline_forward(body, body.forward)
-    return body(newline_to=inside)
-
-
-def _newline_forward(body: Any, plain_forward: Callable[..., Any]) -> Callable[..., Any]:
-    def forward(*args: Any, newline_to: Callable[[Tensor], Tensor] | None = None, **kwargs: Any) -> Any:
-        return plain_forward(*args, **kwargs) if newline_to is None else newline_to(body.image_newline)
-
-    forward.gives_newline = True
-    return forward

@@ -113,8 +113,8 @@ class FeatureCache:
         progress = tqdm(total=len(images), desc="vision features", unit="image", disable=not show_progress)
         for num_seen, batch_keys, pixel_values in loader:
             if batch_keys:
-                images = {"pixel_values": pixel_values.to(device)}
-                parts.append(family_of(self.model).vision_features(self.model, images).cpu())
+                inputs = {"pixel_values": pixel_values.to(device)}
+                parts.append(family_of(self.model).vision_features(self.model, inputs).cpu())
                 keys += batch_keys
             if len(keys) >= SHARD_IMAGES:
                 self._write_shard(keys, torch.cat(parts))
