@@ -111,3 +111,12 @@ def test_tower_losses_prints_every_loss_at_every_size_and_writes_what_it_measure
 def test_sparc_step_prints_its_share_of_clips_step(tmp_path):
     printed = run_small("sparc_step", tmp_path)
     assert "FLOP" in printed and "SPARC" in printed
+
+
+@pytest.mark.slow
+def test_mgm_hd_prints_mining_and_steps_and_writes_what_it_measured(tmp_path):
+    printed = run_small("mgm_hd", tmp_path)
+    for name in ("chunks", "CAL", "llava_next", "mgm"):
+        assert name in printed, name
+    written = json.loads((tmp_path / "mgm_hd.json").read_text(encoding="utf-8"))
+    assert {"command", "date", "git_commit", "packages", "cpu", "load_at_start", "threads"} <= set(written["facts"])

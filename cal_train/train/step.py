@@ -159,8 +159,8 @@ def embed(
     if features is None and images:
         features = family.vision_features(model, images)
     if features is None:
-        blank = blank_image_embeds(model, options)
-        return embeds_BSD if blank is None else embeds_BSD + 0.0 * blank.sum().to(embeds_BSD.dtype)
+        idle = idle_vision(model, options)
+        return embeds_BSD if idle is None else embeds_BSD + idle.to(embeds_BSD.dtype)
     image_embeds = family.image_embeds(model, features, images).to(embeds_BSD.dtype)
     if len(image_embeds) != int(image_mask_BS.sum()):
         raise ValueError(
@@ -170,21 +170,23 @@ def embed(
     return embeds_BSD.masked_scatter(image_mask_BS[..., None], image_embeds)
 
 
-def blank_image_embeds(model: PreTrainedModel, options: StepOptions) -> Tensor | None:
-    """Return embeddings of a blank image for a batch without images, or None where nothing needs them.
+def idle_vision(model: PreTrainedModel, options: StepOptions) -> Tensor | None:
+    """Return a zero in which every part that only images reach has a share, or None where nothing needs it.
 
-    They are added with factor 0, so that tower and projector take part in every rank's collectives (sharded
-    parameters) and every trainable parameter gets a gradient in every step, whichever rows a rank has drawn.
+    Added to a batch without images, it gives every trained parameter a gradient (of 0) in every step, whichever rows a
+    rank has drawn. Where parameters are sharded, a blank image also takes all of those parts through the collectives
+    of the other ranks; elsewhere no image is run.
     """
     family = family_of(model)
-    is_learning = torch.is_grad_enabled() and any(p.requires_grad for p in family.vision_parameters(model))
-    if not (is_learning or options.is_sharded):
+    if options.is_sharded:
+        images = family.blank_images(model)
+        has_cache = options.has_cached_features
+        features = family.blank_features(model) if has_cache else family.vision_features(model, images)
+        return 0.0 * family.image_embeds(model, features, images).sum()
+    trained = [parameter for parameter in family.vision_parameters(model) if parameter.requires_grad]
+    if not trained or not torch.is_grad_enabled():
         return None
-    images = family.blank_images(model)
-    is_tower_needed = options.is_sharded or any(p.requires_grad for p in family.tower_parameters(model))
-    if family.CACHES_FEATURES and (options.has_cached_features or not is_tower_needed):
-        return family.image_embeds(model, family.blank_features(model), images)
-    return family.image_embeds(model, family.vision_features(model, images), images)
+    return 0.0 * torch.stack([parameter.flatten()[0].float() for parameter in trained]).sum()
 
 
 @torch.no_grad()
