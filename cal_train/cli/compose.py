@@ -24,7 +24,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="Folder of a CLIP, SigLIP or DINOv2 tower, or of a CLIP or SigLIP dual encoder.",
     )
     parser.add_argument(
-        "--aux_tower", type=Path, metavar="DIR", help="Folder of a ConvNeXt tower for high-resolution images (mgm)."
+        "--aux_tower",
+        type=Path,
+        metavar="DIR",
+        help="Folder of a ConvNeXt tower for high-resolution images (mgm), in transformers' layout or open_clip's.",
     )
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="Folder to write.")
     parser.add_argument(

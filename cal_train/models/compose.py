@@ -24,11 +24,12 @@ from transformers import (
 )
 
 from cal_train.models.anyres import check_grid
+from cal_train.models.aux_tower import load_aux_tower
 from cal_train.models.layout import PARTS_OF, PRETRAINED_PARTS, build_config, build_processor
 from cal_train.models.llm import check_folder, fold_logit_scale, grow_embeddings, load_llm
 from cal_train.models.probe import check_folder_computes, probe_parts
 from cal_train.models.standardize import standardize_projector
-from cal_train.models.tower import load_aux_tower, load_image_processor
+from cal_train.models.tower import load_image_processor
 from cal_train.models.vocabulary import add_image_and_pad_token, choose_template, load_tokenizer, stop_token_ids
 from cal_train.towers.loading import at_image_size, load_tower
 from cal_train.types import IMAGE_MARK

@@ -1,14 +1,14 @@
 """What a VLM takes from a vision tower: the hidden state of a layer, and the image processor."""
 
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
-from transformers import ConvNextModel, PreTrainedModel
+from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-from cal_train.towers.loading import folder_config, stored_image_processor
+from cal_train.towers.loading import stored_image_processor
 
 
 @torch.no_grad()
@@ -56,23 +56,6 @@ def blank_pixels(model: PreTrainedModel) -> Tensor:
     """Return one black image (1, C, H, W) at the size of the model's vision tower."""
     config: Any = model.config.vision_config
     return torch.zeros(1, getattr(config, "num_channels", 3), config.image_size, config.image_size, device=model.device)
-
-
-def load_aux_tower(folder: Path) -> PreTrainedModel:
-    """Load the ConvNeXt tower that reads images at high resolution (MGM), in eval mode and without foreign code.
-
-    Raises:
-        ValueError: If the folder holds another model, or lacks weights.
-    """
-    config = folder_config(folder, "auxiliary tower")
-    if config.model_type != "convnext":
-        raise ValueError(f"auxiliary tower {folder} is a {config.model_type!r}: MGM reads a 'convnext' in HF layout")
-    loaded = ConvNextModel.from_pretrained(folder, weights_only=True, output_loading_info=True)
-    tower, info = cast(tuple[PreTrainedModel, dict[str, Any]], loaded)
-    if missing := sorted(info["missing_keys"]):
-        raise ValueError(f"auxiliary tower {folder} lacks {len(missing)} weights, the first is {missing[0]}")
-    tower.layernorm = nn.Identity()  # the norm behind the last stage, which MGM does not read
-    return tower.eval()
 
 
 def load_image_processor(

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -92,6 +93,27 @@ def test_mgm_holds_its_parts(parts, tmp_path, grid, size, num_tokens):
     assert processor._get_num_multimodal_tokens([(50, 70)]).num_image_tokens == [num_tokens]
 
 
+@pytest.mark.parametrize("file", ["open_clip_pytorch_model.bin", "open_clip_model.safetensors"])
+def test_mgm_takes_the_second_tower_as_open_clip_publishes_it(parts, tmp_path, file):
+    """The oracle is timm, whose ConvNeXt open_clip wraps."""
+    timm = pytest.importorskip("timm", reason="comes with the bench extra")
+    torch.manual_seed(1)
+    theirs = timm.models.convnext.ConvNeXt(depths=(1, 2, 1, 1), dims=(8, 12, 16, 20), ls_init_value=0.5).eval()
+    state = {f"visual.trunk.{name}": weight for name, weight in theirs.state_dict().items()}
+    state["logit_scale"] = torch.ones(())
+    (tmp_path / "aux").mkdir()
+    (torch.save if file.endswith(".bin") else save_file)(state, tmp_path / "aux" / file)
+    folder = compose(parts / "llm", parts / "clip", tmp_path / "vlm", family="mgm", aux_tower=tmp_path / "aux")
+    ours = AutoModelForImageTextToText.from_pretrained(folder).model.vision_tower_aux.eval()
+    pixels = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = theirs.stem(pixels)
+        found = ours(pixels, output_hidden_states=True).hidden_states[1:]
+        for stage, hidden in zip(theirs.stages, found, strict=True):
+            expected = stage(expected)
+            torch.testing.assert_close(hidden, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_the_command_line_takes_family_and_grids(parts, tmp_path):
     grids = [[28, 56], [56, 56]]
     arguments = ["--llm", parts / "llm", "--vision_tower", parts / "clip", "--output", tmp_path / "vlm"]
@@ -109,7 +131,7 @@ def test_the_command_line_takes_family_and_grids(parts, tmp_path):
         ({"family": "llava_next", "image_grid": 2}, "image_grid does not apply"),
         ({"family": "llava_next", "image_aspect_ratio": "pad"}, "image_aspect_ratio=pad does not apply"),
         ({"family": "llava_next", "grid_pinpoints": [[50, 28]]}, r"grid pinpoint \[50, 28\]"),
-        ({"family": "mgm", "aux_tower": "clip"}, "'clip_vision_model': MGM reads a 'convnext'"),
+        ({"family": "mgm", "aux_tower": "clip"}, "'clip_vision_model': MGM reads a ConvNeXt"),
     ],
 )
 def test_options_that_a_family_does_not_read_are_refused(parts, tmp_path, options, message):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
+from cal_train.models.aux_tower import aux_config, aux_state
 from cal_train.models.convert.adapter import ADAPTER_CONFIG, SIDE_FILE, fold, read_side_file
 from cal_train.models.convert.keys import (
     AUX_TOWER,
@@ -32,7 +33,7 @@ from cal_train.models.convert.projector import ACTIVATION, add_identities
 from cal_train.models.convert.reading import has_weights, inside, read_json, read_weights
 from cal_train.models.convert.report import Report
 from cal_train.models.convert.settings import Settings, read_settings
-from cal_train.models.convert.towers import VisionTower, aux_config, aux_state, vision_tower
+from cal_train.models.convert.towers import VisionTower, vision_tower
 from cal_train.models.convert.vocabulary import SENTENCEPIECE, find_template, find_tokenizer, grow_rows
 from cal_train.models.convert.writing import folder_aside, in_dtype, write_weights
 from cal_train.models.layout import build_config, build_processor
@@ -162,7 +163,7 @@ def _add_towers(
                 f"{where} does not hold the weights of its second tower ({settings.aux_tower_name}): name the tower's "
                 "folder with --aux_tower"
             )
-        state = aux_state(parts.aux_tower, settings.aux_tower_name, where)
+        state = {f"{AUX_TOWER}{name}": value for name, value in aux_state(parts.aux_tower).items()}
         tensors.update(state)
         report.added.update(dict.fromkeys(state, parts.aux_tower.name))
     return tower
@@ -215,7 +216,7 @@ def _config(
     text_config.pad_token_id = tokenizer.pad_token_id
     text_config.dtype = tower.config.dtype = dtype
     tower.config._name_or_path = ""
-    aux = aux_config(tensors) if settings.family == "mgm" else None
+    aux = aux_config(tensors, AUX_TOWER) if settings.family == "mgm" else None
     options = {"projector_hidden_act": ACTIVATION[settings.projector_type], **settings.family_options}
     config: Any = build_config(
         settings.family,

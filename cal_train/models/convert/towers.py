@@ -4,23 +4,20 @@ The original config.json only names its towers. OpenAI's CLIP towers, which near
 known here; for others the tower's folder has to be given.
 """
 
-import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import CLIPVisionConfig, ConvNextConfig, ConvNextModel, PreTrainedConfig
+from transformers import CLIPVisionConfig, PreTrainedConfig
 from transformers.image_utils import PILImageResampling
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from cal_train.models.convert.keys import AUX_TOWER, CONVNEXT, TOWER, rename
-from cal_train.models.convert.reading import inside, read_tensors
+from cal_train.models.convert.keys import TOWER
 from cal_train.models.tower import load_image_processor
-from cal_train.towers.loading import folder_config, load_strict, load_tower
+from cal_train.towers.loading import folder_config, load_tower
 
 _LARGE = {
     "hidden_size": 1024,
@@ -35,9 +32,6 @@ KNOWN_TOWERS: dict[str, dict[str, Any]] = {
     "clip-vit-large-patch14-336": _LARGE | {"image_size": 336},
 }
 """Last part of a tower's name -> configuration. Source: the configurations that OpenAI published with the weights."""
-
-_OPEN_CLIP_FILES = ("open_clip_pytorch_model.bin", "open_clip_model.safetensors")
-_TRUNK = "visual.trunk."
 
 
 @dataclass(frozen=True)
@@ -92,53 +86,6 @@ def known_name(config: PreTrainedConfig) -> str | None:
         ):
             return f"openai/{name}"
     return None
-
-
-def aux_config(state: Mapping[str, Tensor], prefix: str = AUX_TOWER) -> ConvNextConfig:
-    """Return the configuration of a ConvNeXt tower, read off the shapes of its weights.
-
-    Args:
-        state: Weights by transformers' names behind ``prefix``.
-        prefix: In front of the tower's own names.
-
-    Raises:
-        ValueError: If the stem or a stage is missing.
-    """
-    layer = re.compile(re.escape(prefix) + r"encoder\.stages\.(\d+)\.layers\.(\d+)\.dwconv\.weight")
-    found = {(int(match[1]), int(match[2])): name for name in state if (match := layer.fullmatch(name))}
-    stem = state.get(f"{prefix}embeddings.patch_embeddings.weight")
-    num_stages = len({stage for stage, _ in found})
-    if stem is None or not all((stage, 0) in found for stage in range(max(num_stages, 1))):
-        raise ValueError("the weights of the second tower are incomplete: its stem or the first block of a stage lacks")
-    return ConvNextConfig(
-        num_channels=stem.shape[1],
-        patch_size=stem.shape[-1],
-        num_stages=num_stages,
-        hidden_sizes=[state[found[stage, 0]].shape[0] for stage in range(num_stages)],
-        depths=[sum(where == stage for where, _ in found) for stage in range(num_stages)],
-        hidden_act="gelu",
-    )
-
-
-def aux_state(folder: Path, name: str | None, where: str) -> dict[str, Tensor]:
-    """Return the weights of a ConvNeXt tower from a folder of open_clip, with timm's names, or of transformers.
-
-    Raises:
-        ValueError: If the folder is neither.
-    """
-    for file in _OPEN_CLIP_FILES:
-        if (folder / file).is_file():
-            trunk = {
-                key.removeprefix(_TRUNK): value
-                for key, value in read_tensors(inside(folder, file)).items()
-                if key.startswith((f"{_TRUNK}stem.", f"{_TRUNK}stages."))
-            }
-            return {f"{AUX_TOWER}{key}": value for key, value in rename(trunk, CONVNEXT, str(folder)).tensors.items()}
-    config = folder_config(folder, "aux tower")
-    if config.model_type != "convnext":
-        raise ValueError(f"aux tower {folder} has model_type {config.model_type!r}: {where} needs a ConvNeXt ({name})")
-    state = load_strict(ConvNextModel, folder, "aux tower").state_dict()
-    return {f"{AUX_TOWER}{key}": value for key, value in state.items() if not key.startswith("layernorm.")}
 
 
 def _tower_config(folder: Path) -> PreTrainedConfig:
