@@ -47,6 +47,13 @@ class ModelArguments:
             "folder says. Saved with the processor."
         },
     )
+    image_grid: Literal[1, 2] | None = field(
+        default=None,
+        metadata={
+            "help": "Only for MGM. 2: MGM-HD, whose images are 2 x 2 tiles and the whole at twice the resolution; no "
+            "weight depends on it, so it starts from MGM's stage 1. Default: what the model folder says."
+        },
+    )
     attn_implementation: str | None = field(
         default=None, metadata={"help": "sdpa, eager or flash_attention_2. Default: flash_attention_2 if installed."}
     )
@@ -65,6 +72,20 @@ class ModelArguments:
         metadata={"help": "LoRA dropout (LLaVA: 0.05). With CAL, 0 saves a forward pass: scores are taken without it."},
     )
     lora_target_modules: str = field(default=LORA_TARGETS, metadata={"help": "Regular expression of module names."})
+    use_dora: bool = field(default=False, metadata={"help": "DoRA: LoRA that learns the norms of the rows too."})
+    quantization: Literal["nf4", "int8"] | None = field(
+        default=None,
+        metadata={
+            "help": "QLoRA: the language model's linear layers are loaded in 4 or 8 bits, frozen under LoRA. Nothing else "
+            "is quantised: not the towers, the projector, the embeddings or the head."
+        },
+    )
+    bnb_4bit_compute_dtype: Literal["auto", "float32", "bfloat16"] = field(
+        default="auto", metadata={"help": "dtype of products with nf4 weights. auto: bfloat16 with bf16, else float32."}
+    )
+    bnb_4bit_use_double_quant: bool = field(
+        default=True, metadata={"help": "Quantise the scales of nf4 as well (QLoRA: yes); saves 0.37 bits per weight."}
+    )
 
 
 @dataclass
@@ -97,6 +118,17 @@ class DataArguments:
     )
     group_by_modality_length: bool = field(
         default=False, metadata={"help": "Batches hold rows of one kind (image or text) and of similar length."}
+    )
+    packing: bool = field(
+        default=False,
+        metadata={
+            "help": "Lay the samples of a micro-batch into as few rows as they fit: the same steps with less padding. "
+            "Attention stays within each sample."
+        },
+    )
+    pack_tokens: int | None = field(
+        default=None,
+        metadata={"help": "Most tokens of a packed row; a longer sample has its own. Default: model_max_length."},
     )
     max_bad_samples: int = field(
         default=0, metadata={"help": "Bad rows that are dropped and counted before the run stops with an error."}
@@ -139,7 +171,8 @@ class CalArguments:
 
 FIXED_ARGUMENTS: dict[str, tuple[object, str]] = {
     "remove_unused_columns": (False, "the collator makes the batch"),
-    "logging_nan_inf_filter": (False, "a loss that is not finite stops the run and names its samples"),
+    "logging_nan_inf_filter": (False, "a loss that is not finite is never hidden, see max_nonfinite_steps"),
+    "enable_jit_checkpoint": (False, "SIGTERM and SIGINT always save and stop the run"),
     "label_smoothing_factor": (0.0, "token weights need the plain cross-entropy"),
     "average_tokens_across_devices": (True, "the loss is the mean over the label tokens of all ranks"),
     "train_sampling_strategy": ("random", "rows are grouped with group_by_modality_length: true"),
@@ -169,7 +202,25 @@ class VlmTrainingArguments(TrainingArguments):
     logging_steps: float = field(default=10, metadata={"help": "Optimizer steps between two log lines."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Fixed, see FIXED_ARGUMENTS."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Fixed, see FIXED_ARGUMENTS."})
+    overwrite_output_dir: bool = field(
+        default=False,
+        metadata={"help": "Start anew in a folder that holds an earlier run: its checkpoints are removed."},
+    )
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints that are kept."})
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={
+            "help": "A checkpoint folder; latest: the newest complete one of output_dir; auto: the same, or the "
+            "beginning if there is none."
+        },
+    )
+    max_nonfinite_steps: int = field(
+        default=0,
+        metadata={
+            "help": "Steps with a loss or gradient that is not finite that are skipped and counted, over the whole "
+            "run, before it stops with an error. Not under DeepSpeed, which stops at the first."
+        },
+    )
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule (LLaVA: cosine)."})
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "Not needed: every trainable parameter gets a gradient in every step."}

@@ -106,7 +106,8 @@ class TowerEvalArguments:
 
 FIXED_TOWER_ARGUMENTS: dict[str, tuple[object, str]] = {
     "remove_unused_columns": (False, "the data set makes the batch"),
-    "logging_nan_inf_filter": (False, "a loss that is not finite stops the run and names its samples"),
+    "logging_nan_inf_filter": (False, "a loss that is not finite is never hidden, see max_nonfinite_steps"),
+    "enable_jit_checkpoint": (False, "SIGTERM and SIGINT always save and stop the run"),
     "dataloader_drop_last": (True, "a contrastive batch must be equally large on all ranks"),
     "dataloader_persistent_workers": (False, "a run reads one stream, whose workers live as long as it does"),
     "dataloader_prefetch_factor": (None, "the stream keeps its own batches ready"),
@@ -129,7 +130,25 @@ class TowerTrainingArguments(TrainingArguments):
     logging_steps: float = field(default=10, metadata={"help": "Optimizer steps between two log lines."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Fixed, see FIXED_TOWER_ARGUMENTS."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Fixed, see FIXED_TOWER_ARGUMENTS."})
+    overwrite_output_dir: bool = field(
+        default=False,
+        metadata={"help": "Start anew in a folder that holds an earlier run: its checkpoints are removed."},
+    )
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints that are kept."})
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={
+            "help": "A checkpoint folder; latest: the newest complete one of output_dir; auto: the same, or the "
+            "beginning if there is none."
+        },
+    )
+    max_nonfinite_steps: int = field(
+        default=0,
+        metadata={
+            "help": "Steps with a loss or gradient that is not finite that are skipped and counted, over the whole "
+            "run, before it stops with an error. Not under DeepSpeed, which stops at the first."
+        },
+    )
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule (CLIP, section 2.5: cosine)."})
     weight_decay: float = field(
         default=0.2, metadata={"help": "Of everything with two dimensions or more (CLIP, appendix F: 0.2)."}

@@ -1,6 +1,7 @@
 """``cal-train check_data RECIPE_OR_JSON``: would every row train?"""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -8,11 +9,10 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
-from cal_train.cli.recipe import load_recipe, processor_options
+from cal_train.cli.recipe import load_recipe, recipe_processor
 from cal_train.data.check import CheckReport, check_source
 from cal_train.data.dataset import VlmDataset, build_dataset, build_eval_dataset
 from cal_train.data.images import DEFAULT_LIMITS, ImageLimits
-from cal_train.data.processor import load_processor
 from cal_train.data.records import Rows
 from cal_train.data.sources import RowSummary, Source, summarize
 
@@ -20,10 +20,16 @@ _MAX_LISTED = 200
 
 Part = tuple[Source, Rows, RowSummary, ImageLimits, VlmDataset | None]
 
+TAKES_OPTIONS = True
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
-    parser.add_argument("path", metavar="RECIPE_OR_JSON", help="a recipe (.yaml), or a data file: JSON, JSONL, Parquet")
+    parser.add_argument(
+        "path",
+        metavar="RECIPE_OR_JSON",
+        help="a recipe (.yaml), whose options can follow as --key value, or a data file: JSON, JSONL, Parquet",
+    )
     parser.add_argument("--image_root", help="image root of a data file (default: its folder); a recipe has its own")
 
 
@@ -32,7 +38,9 @@ def run(args: argparse.Namespace) -> int:
     is_recipe = Path(args.path).suffix.lower() in (".yaml", ".yml")
     if is_recipe and args.image_root:
         raise ValueError("--image_root goes with a data file; a recipe names its own image_folder")
-    parts = recipe_parts(args.path) if is_recipe else [file_part(args.path, args.image_root)]
+    if args.options and not is_recipe:
+        raise ValueError(f"{args.options[0]} is an option of a recipe, and {args.path} is a data file: leave it out")
+    parts = recipe_parts(args.path, args.options) if is_recipe else [file_part(args.path, args.image_root)]
     report = CheckReport()
     with Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task("checking rows", total=sum(len(rows) for _, rows, *_ in parts))
@@ -42,10 +50,10 @@ def run(args: argparse.Namespace) -> int:
     return 1 if report.problems else 0
 
 
-def recipe_parts(path: str) -> list[Part]:
+def recipe_parts(path: str, options: Sequence[str] = ()) -> list[Part]:
     """Return the sources of a recipe's training and evaluation data, to be tokenized by the recipe's own processor."""
-    recipe = load_recipe(path, will_train=False)
-    processor = load_processor(*processor_options(recipe))
+    recipe = load_recipe(path, options, will_train=False)
+    processor = recipe_processor(recipe)
     datasets = [build_dataset(recipe.data, processor), build_eval_dataset(recipe.data, processor)]
     return [
         (source, rows, summary, dataset.limits, dataset)

@@ -110,5 +110,6 @@ def run(args: argparse.Namespace) -> int:
         image_grid=args.image_grid,
     )
     print(f"wrote {folder}")
-    print(f"next: cal-train train RECIPE.yaml --stage pretrain --model_name_or_path {folder}")
+    captions = "" if "gemma" in (args.template or "") else " --template plain"
+    print(f"next: cal-train train RECIPE.yaml --stage pretrain{captions} --model_name_or_path {folder}")
     return 0

@@ -5,6 +5,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from huggingface_hub.errors import StrictDataclassError
 from rich.console import Console
 
 VERBS = {
@@ -16,7 +17,10 @@ VERBS = {
     "check_data": "validate every row of a data file or recipe",
     "preview": "show tokens, labels and image spans of samples",
     "score": "write logits with and without image, delta and weight per label token",
+    "report": "show scores, curves and results as one self-contained page",
+    "eval": "run lmms-eval's benchmarks on a model, or compare two results",
     "merge": "fold LoRA adapters into a plain checkpoint",
+    "estimate": "parameters, memory of a device, tokens and operations of a step, before any run",
     "convert": "bring original LLaVA, LLaVA-NeXT, CAL and MGM checkpoints to Hugging Face layout, and back",
     "env": "print versions and hardware, for bug reports",
     "demo": "train and compare a small real VLM with and without CAL",
@@ -43,7 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parsed = verb_parser.parse_args(arguments[1:])
     try:
         return module.run(parsed)
-    except (ValueError, FloatingPointError, OSError) as error:  # OSError: a folder that cannot be written, a full disk
+    except (ValueError, FloatingPointError, OSError, StrictDataclassError) as error:
+        # OSError: a folder that cannot be written, a full disk; StrictDataclassError: a value in a config.json
         Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {_plain(error)}", highlight=False)
         return 2
 

@@ -13,9 +13,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--base", type=Path, metavar="DIR", help="Folder of the base model. Default: the one that the adapter names."
     )
+    parser.add_argument(
+        "--quantized_base",
+        action="store_true",
+        help="After a run with quantization: fold into the quantised weights, turned back to full precision, which "
+        "gives the logits of the training. Default: into the base model as it is on disk.",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Merge the adapter, and say where the result is."""
-    print(f"wrote {merge(args.adapter, args.output, args.base)}")
+    print(f"wrote {merge(args.adapter, args.output, args.base, args.quantized_base)}")
     return 0

@@ -3,6 +3,8 @@
 import dataclasses
 import difflib
 import json
+import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -140,6 +142,19 @@ def build_groups(options: OptionSet, values: dict[str, Any], origin: str) -> tup
 
 def _refuse(origin: str, message: str) -> NoReturn:
     raise ValueError(f"{origin}: {message}")
+
+
+def say_how_to_resume(verb: str, recipe: str, arguments: Sequence[str]) -> None:
+    """Print the command that goes on with a stopped run, as it was typed but for where it starts."""
+    kept, pending = [], list(arguments)
+    while pending:
+        argument = pending.pop(0)
+        if argument.partition("=")[0].replace("-", "_") != "__resume_from_checkpoint":
+            kept.append(argument)
+        elif "=" not in argument and pending and not pending[0].startswith("--"):
+            pending.pop(0)
+    command = shlex.join(["cal-train", verb, recipe, *kept, "--resume_from_checkpoint", "latest"])
+    print(f"resume (under the launcher of this run, if any): {command}", file=sys.stderr)
 
 
 def describe_options(options: OptionSet) -> str:

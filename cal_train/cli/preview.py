@@ -5,15 +5,16 @@ from pathlib import Path
 
 from rich.console import Console
 
-from cal_train.cli.recipe import load_recipe, processor_options
+from cal_train.cli.recipe import load_recipe, recipe_processor
 from cal_train.data.dataset import build_dataset
 from cal_train.data.preview import preview_row, to_html, to_terminal
-from cal_train.data.processor import load_processor
+
+TAKES_OPTIONS = True
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
-    parser.add_argument("recipe", metavar="RECIPE", help="a recipe (.yaml)")
+    parser.add_argument("recipe", metavar="RECIPE", help="a recipe (.yaml); any option of it can follow as --key value")
     parser.add_argument("--rows", type=int, default=4, help="how many rows, from the first (default 4)")
     parser.add_argument("--html", metavar="FILE", help="write one self-contained page instead of the terminal output")
 
@@ -22,8 +23,8 @@ def run(args: argparse.Namespace) -> int:
     """Show the rows; return 0."""
     if args.rows < 1:
         raise ValueError(f"--rows {args.rows}: give at least 1")
-    recipe = load_recipe(args.recipe, will_train=False)
-    dataset = build_dataset(recipe.data, load_processor(*processor_options(recipe)))
+    recipe = load_recipe(args.recipe, args.options, will_train=False)
+    dataset = build_dataset(recipe.data, recipe_processor(recipe))
     previews = [preview_row(dataset, i) for i in range(min(args.rows, len(dataset)))]
     if args.html:
         Path(args.html).write_text(to_html(previews), encoding="utf-8")

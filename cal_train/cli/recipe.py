@@ -2,11 +2,14 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+
+from transformers import AutoConfig, ProcessorMixin
 
 from cal_train.cli.options import OptionSet, load_groups
 from cal_train.cli.options import describe_options as describe
 from cal_train.conf import CalArguments, DataArguments, ModelArguments, Recipe, VlmTrainingArguments
+from cal_train.data.processor import load_processor
+from cal_train.models.mgm_hd import for_grid, with_grid
 
 ALIASES = {
     "mm_vision_tower_lr": "vision_tower_lr",
@@ -41,9 +44,17 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), will_train: boo
     return Recipe(*load_groups(OPTIONS, path, overrides, will_train))
 
 
-def processor_options(recipe: Recipe) -> tuple[str, str, Literal["pad", "square", "anyres"] | None]:
-    """Return what `cal_train.data.processor.load_processor` needs of a recipe."""
-    return recipe.model.model_name_or_path, recipe.data.template, recipe.model.image_aspect_ratio
+def recipe_processor(recipe: Recipe) -> ProcessorMixin:
+    """Return the processor that a run of the recipe would have.
+
+    Raises:
+        ValueError: As `cal_train.data.processor.load_processor` and `cal_train.models.mgm_hd.with_grid`.
+    """
+    options, folder = recipe.model, recipe.model.model_name_or_path
+    processor = load_processor(folder, recipe.data.template, options.image_aspect_ratio)
+    if options.image_grid is None:
+        return processor
+    return for_grid(with_grid(AutoConfig.from_pretrained(folder), options.image_grid, folder), processor)
 
 
 def describe_options() -> str:

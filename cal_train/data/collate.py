@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from cal_train.data.packing import pack_text, packs_of
 from cal_train.types import IGNORE_INDEX, Problem
 
 TEXT_KEYS = ("input_ids", "labels", "num_cut", "sample_id")
@@ -26,10 +27,15 @@ class Collator:
 
     A batch whose rows were all dropped comes out as one row of one pad token without labels, so that every rank still
     takes its step.
+
+    With ``pack_tokens``, several samples share a row wherever that makes fewer rows, each of at most so many tokens:
+    `cal_train.data.packing.pack_text` says what ``input_ids`` and the others then are and adds ``segment_ids`` and
+    ``position_ids``. ``sample_ids`` stay in the order of the items, which ``segment_ids`` count; the vision inputs
+    follow the placeholders as always.
     """
 
-    def __init__(self, pad_token_id: int):
-        self.pad_token_id = pad_token_id
+    def __init__(self, pad_token_id: int, pack_tokens: int | None = None):
+        self.pad_token_id, self.pack_tokens = pad_token_id, pack_tokens
 
     def __call__(self, items: Sequence[dict[str, Any] | Problem]) -> dict[str, Any]:
         """Return the batch of the items.
@@ -39,13 +45,9 @@ class Collator:
         """
         dropped = [item for item in items if isinstance(item, Problem)]
         examples = [item for item in items if not isinstance(item, Problem)] or [self._stand_in()]
-        input_ids = [example["input_ids"] for example in examples]
+        text, in_reading_order = self._lay_out(examples)
         batch = {
-            "input_ids": pad_sequence(input_ids, batch_first=True, padding_value=self.pad_token_id),
-            "attention_mask": pad_sequence([torch.ones_like(ids) for ids in input_ids], batch_first=True),
-            "labels": pad_sequence(
-                [example["labels"] for example in examples], batch_first=True, padding_value=IGNORE_INDEX
-            ),
+            **text,
             "sample_ids": [example["sample_id"] for example in examples],
             "dropped": dropped,
             "num_truncated": sum(example["num_cut"] > 0 for example in examples),
@@ -58,8 +60,23 @@ class Collator:
                 "fill the cache for this data set again, or unset vision_feature_cache"
             )
         for key in kinds:
-            batch[key] = torch.cat([example[key] for example in examples if key in example])
+            batch[key] = torch.cat([example[key] for example in in_reading_order if key in example])
         return batch
+
+    def _lay_out(self, examples: list[dict[str, Any]]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """Return the text side of the batch, and the examples in the order in which it reads."""
+        if self.pack_tokens is not None:
+            packs = packs_of([len(example["input_ids"]) for example in examples], self.pack_tokens)
+            if len(packs) < len(examples):  # else packing has nothing to offer over padded rows
+                return pack_text(examples, packs, self.pad_token_id), [examples[i] for pack in packs for i in pack]
+        input_ids = [example["input_ids"] for example in examples]
+        labels = [example["labels"] for example in examples]
+        text = {
+            "input_ids": pad_sequence(input_ids, batch_first=True, padding_value=self.pad_token_id),
+            "attention_mask": pad_sequence([torch.ones_like(ids) for ids in input_ids], batch_first=True),
+            "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX),
+        }
+        return text, examples
 
     def _stand_in(self) -> dict[str, Any]:
         return {

@@ -34,8 +34,20 @@ TURN_MARKS: dict[str, tuple[str, ...]] = {
     "mistral": (),  # as vicuna_v1
     "chatml_direct": ("<|im_start|>", "<|im_end|>"),
     "mgm_gemma": ("<start_of_turn>", "<end_of_turn>"),
+    "qwen_1_5": ("<|im_start|>", "<|im_end|>"),
+    "llava_llama_3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
 }
 """Our templates, and the tokens that each needs as single special tokens of the tokenizer."""
+
+_WITH_SYSTEM = {
+    "qwen_1_5": ("chatml", "You are a helpful assistant."),
+    "llava_llama_3": (
+        "llama3",
+        "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
+        "provides, and assist the user with a variety of tasks using natural language.",
+    ),
+}
+"""Templates of LLaVA-NeXT's language models that are another one with a default system message."""
 
 _ENDS_WITH_EOS = ("vicuna_v1", "mistral", "mgm_gemma")
 
@@ -60,8 +72,10 @@ def load_template(name: str) -> str:
     if name not in TURN_MARKS:
         raise ValueError(f"unknown template {name!r}: choose one of {', '.join(TURN_MARKS)}, or chat")
     folder = files("cal_train.data") / "templates"
+    base, system = _WITH_SYSTEM.get(name, (name, None))
     # a saved chat template is one text, so the macro that all of them share is put in front
-    return "".join(folder.joinpath(file).read_text(encoding="utf-8") for file in ("_text_of.jinja", f"{name}.jinja"))
+    shared, own = (folder.joinpath(f"{file}.jinja").read_text(encoding="utf-8") for file in ("_text_of", base))
+    return shared + ("" if system is None else f"{{%- set default_system = {system!r} -%}}\n") + own
 
 
 def missing_marks(name: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:

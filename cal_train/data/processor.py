@@ -25,10 +25,26 @@ def load_processor(
         ValueError: If the folder is not a model folder, if the template does not fit the tokenizer, or if the image
             processor cannot pad.
     """
-    if not (Path(folder) / "config.json").is_file():  # transformers would take the name for one on the hub
-        raise ValueError(f"model folder {folder} does not exist or has no config.json: check the path")
+    _require_vlm(Path(folder))
     processor = AutoProcessor.from_pretrained(folder, backend="pil")
+    if not isinstance(processor, ProcessorMixin):  # what transformers returns for a folder without a processor
+        raise ValueError(
+            f"{folder} holds no processor of a vision-language model, only a {type(processor).__name__}: put a model "
+            "together with `cal-train compose`, or bring an original checkpoint with `cal-train convert`"
+        )
     processor.chat_template = resolve_template(template, processor)
-    processor.tokenizer.padding_side = "right"
+    processor.tokenizer.padding_side = "left"  # for generation; training batches are padded by the collator
     apply_aspect_ratio(processor, image_aspect_ratio)
     return processor
+
+
+def _require_vlm(folder: Path) -> None:
+    if (folder / "config.json").is_file():
+        return
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{folder} is a LoRA adapter: fold it into its model first, cal-train merge --adapter {folder} --output "
+            f"{folder}-merged"
+        )
+    # transformers would take the name for one on the hub
+    raise ValueError(f"model folder {folder} does not exist or has no config.json: check the path")

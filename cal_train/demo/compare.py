@@ -10,8 +10,8 @@ from rich.table import Table
 
 from cal_train.demo.evaluate import Answers
 from cal_train.demo.scenes import QUESTION_TYPES
+from cal_train.evals.paired import paired_interval
 
-NUM_RESAMPLES = 10_000
 ALL = "all"
 
 
@@ -48,30 +48,6 @@ def compare(split: str, baseline: Answers, cal: Answers, seed: int = 0) -> list[
         difference = float(b.mean() - a.mean())
         lines.append(Comparison(split, type_, len(a), float(a.mean()), float(b.mean()), difference, low, high, *blind))
     return lines
-
-
-def paired_interval(
-    baseline: np.ndarray, cal: np.ndarray, scenes: np.ndarray, seed: int = 0, level: float = 0.95
-) -> tuple[float, float]:
-    """Return the bootstrap interval of accuracy(cal) - accuracy(baseline).
-
-    Whole scenes are drawn with replacement, since the answers about one scene stand and fall together; both runs are
-    read on the same draw, so what makes a scene hard for both cancels.
-
-    Args:
-        baseline: Right or wrong per question, (Q,) bool.
-        cal: The same of the other run.
-        scenes: The scene of each question, (Q,).
-        seed: Of the draws.
-        level: Share of the draws inside the interval.
-    """
-    _, scene_Q = np.unique(scenes, return_inverse=True)
-    size_S = np.bincount(scene_Q)
-    gain_S = np.bincount(scene_Q, weights=cal.astype(float) - baseline.astype(float))
-    rng = np.random.default_rng(seed)
-    draws_RS = rng.multinomial(len(size_S), np.full(len(size_S), 1 / len(size_S)), NUM_RESAMPLES)
-    low, high = np.quantile((draws_RS @ gain_S) / (draws_RS @ size_S), [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
 
 
 def area_under_curve(score: np.ndarray, is_positive: np.ndarray) -> float:

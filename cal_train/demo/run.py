@@ -26,7 +26,7 @@ from cal_train.demo.evaluate import Answers, answer_split
 from cal_train.demo.language_model import TEMPLATE, train_language_model
 from cal_train.demo.splits import TEST_SPLITS, write_splits
 from cal_train.evals.heatmap import ScoredSample, draw_heat_map
-from cal_train.train.checkpoint import TRAINER_STATE_NAME
+from cal_train.train.safe_save import complete_checkpoints
 
 IMAGE_SIZE_PX = 56
 NUM_TEST_SCENES = 200
@@ -142,15 +142,15 @@ def composed_name(plan: Plan) -> str:
 
 def train_stage(plan: Plan, arguments: Sequence[str], folder: Path, console: Console, costs: list[Cost]) -> None:
     """Train a stage into ``folder``; of a demo in parts keep it if it is finished, or go on where it stopped."""
-    record, resume = folder / "cost.json", []
+    record, resume = folder / "cost.json", ["--overwrite_output_dir", "true"]
     if plan.in_parts and record.is_file():
         costs.append(Cost(**json.loads(record.read_text())))
         console.print(f"{folder} is finished: kept")
         return
-    if plan.in_parts and any(folder.glob(f"checkpoint-*/{TRAINER_STATE_NAME}")):
+    if plan.in_parts and complete_checkpoints(folder):
         resume = ["--resume_from_checkpoint", "latest"]
     run_verb(["train", str(plan.recipes / arguments[0]), *arguments[1:], *resume], console, costs)
-    if resume:  # its seconds are those of the last part only
+    if "latest" in resume:  # its seconds are those of the last part only
         costs[-1] = replace(costs[-1], seconds=float("nan"))
     record.write_text(json.dumps(asdict(costs[-1])))
 

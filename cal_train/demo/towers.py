@@ -12,6 +12,7 @@ from statistics import median
 
 import yaml
 from rich.console import Console
+from transformers.trainer import TRAINER_STATE_NAME
 
 from cal_train.data.pair_set import PairSet, read_pair_set
 from cal_train.data.pairs import PairSource
@@ -23,7 +24,6 @@ from cal_train.demo.tower_data import SHOWN_FILE, TEST_SPLITS, write_tower_data
 from cal_train.demo.tower_pictures import draw_masks, draw_word_maps
 from cal_train.demo.tower_table import MethodResult, SplitResult, chance_row, table_of, write_tower_results
 from cal_train.evals.towers import load_evaluator
-from cal_train.train.checkpoint import TRAINER_STATE_NAME
 
 METHODS = ("clip", "clip_tuned", "siglip", "filip", "coca", "sycoca", "sparc", "llip")
 """Names of the recipes, in the order of the table; everything is compared with the first."""
@@ -62,7 +62,8 @@ def run_tower_demo(plan: TowerPlan, console: Console) -> Path:
     for method in plan.methods:
         console.rule(method)
         folder = plan.runs / method
-        run_verb(["tower", str(plan.recipes / f"{method}.yaml"), "--output_dir", str(folder)], console, costs)
+        arguments = ["--output_dir", str(folder), "--overwrite_output_dir", "true"]
+        run_verb(["tower", str(plan.recipes / f"{method}.yaml"), *arguments], console, costs)
         results.append(measure(method, folder, splits, costs[-1]))
 
     console.rule("results")

@@ -3,12 +3,13 @@
 import json
 import logging
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
@@ -17,9 +18,10 @@ from cal_train.data.collate import Collator
 from cal_train.data.dataset import VlmDataset
 from cal_train.data.processor import load_processor
 from cal_train.data.sources import Source
+from cal_train.evals.score_parts import ScoreParts, file_digest, model_digests
 from cal_train.models.head import find_head
 from cal_train.train.step import StepOptions, attach_step, label_tokens
-from cal_train.types import IGNORE_INDEX, Problem
+from cal_train.types import IGNORE_INDEX
 
 logger = logging.getLogger(__name__)
 
@@ -43,11 +45,14 @@ def score_file(
     ``input_ids``), ``tokens`` (their text) and, aligned with them, ``logit_with``, ``logit_without``, ``delta`` and
     ``weight``. The model runs in eval mode and float32.
 
+    A run that was stopped goes on where it was when it is started again (`cal_train.evals.score_parts`), and ends with
+    the same file. ``OUTPUT.about.json`` says what was scored with what.
+
     Args:
         model_folder: A model in Hugging Face layout; its own chat template is used.
         data: JSON, JSONL or Parquet file.
         image_root: Folder of the images. Default: the folder of the data file.
-        output: JSON lines file; written aside and renamed when complete.
+        output: JSON lines file; written aside as ``OUTPUT.part`` and renamed when complete.
         weighting: How weights follow from deltas; must contrast with and without image.
         batch_size: Rows per forward pass.
         max_bad_samples: Bad rows that are left out (and logged) before the run stops.
@@ -55,11 +60,11 @@ def score_file(
         image_position: As in the recipe that trained; the model folder does not remember it.
 
     Returns:
-        The number of samples written.
+        The number of samples in the file.
 
     Raises:
-        ValueError: If the weighting has nothing to contrast, the model folder is none, or more rows are bad than
-            allowed.
+        ValueError: If the weighting has nothing to contrast, the model folder is none, more rows are bad than
+            allowed, or ``OUTPUT.part`` is of another model, other data or other options.
     """
     if weighting.ablation is None:
         raise ValueError("this strategy takes no image away, so there is nothing to score: use cal or cal_reference")
@@ -69,24 +74,58 @@ def score_file(
     cast(nn.Module, model).to(device)  # transformers' own `to` is annotated without its arguments
     source = Source(Path(data), Path(image_root) if image_root else None)
     dataset = VlmDataset([source], processor, "chat", max_length, image_position)
-    loader = DataLoader(dataset, batch_size=batch_size, collate_fn=Collator(processor.tokenizer.pad_token_id))
-
-    temporary = Path(f"{output}.part")
-    temporary.parent.mkdir(parents=True, exist_ok=True)
-    num_written, dropped = 0, list[Problem]()
-    with temporary.open("w", encoding="utf-8") as file, tqdm(total=len(dataset), desc="score", unit="row") as progress:
-        for batch, scores in score_batches(model, loader, weighting):
-            dropped += batch["dropped"]
-            if len(dropped) > max_bad_samples:
-                raise ValueError(f"{dropped[-1]}\n{len(dropped)} bad rows, max_bad_samples is {max_bad_samples}")
-            for record in records_of(batch, scores, processor.tokenizer):
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
-                num_written += 1
-            progress.update(min(batch_size, len(dataset) - progress.n))
-    temporary.replace(output)
-    for problem in dropped:
-        logger.warning("left out: %s", problem)
+    about = {
+        **model_digests(model_folder),
+        "data_sha256": file_digest(data),
+        "weighting": asdict(weighting),
+        "batch_size": batch_size,  # the flat scope smooths across the rows of a batch
+        "max_length": max_length,
+        "image_position": image_position,
+        "image_token_id": processor.image_token_id,  # pyright: ignore[reportAttributeAccessIssue]
+        "paths": {
+            "model": str(Path(model_folder).resolve()),
+            "data": str(source.path.resolve()),
+            "image_root": str(source.root.resolve()),
+        },
+    }
+    parts = ScoreParts(output, about)
+    num_written = _score_rows(model, dataset, processor.tokenizer, weighting, parts, batch_size, max_bad_samples)
+    parts.finish()
     return num_written
+
+
+def _score_rows(
+    model: PreTrainedModel,
+    dataset: VlmDataset,
+    tokenizer: Any,
+    weighting: TokenWeighting,
+    parts: ScoreParts,
+    batch_size: int,
+    max_bad_samples: int,
+) -> int:
+    """Score what is left of the data set into the part file; return the samples in it."""
+    done = parts.progress()
+    rows = Subset(dataset, range(done.rows, len(dataset)))
+    loader = DataLoader(rows, batch_size=batch_size, collate_fn=Collator(tokenizer.pad_token_id))
+    bar = tqdm(total=len(dataset), initial=done.rows, desc="score", unit="row")
+    with parts.open(done) as file, bar as progress, torch.random.fork_rng(devices=[]):
+        torch.manual_seed(done.rows)
+        for batch, scores in score_batches(model, loader, weighting):
+            done.dropped += batch["dropped"]
+            if len(done.dropped) > max_bad_samples:
+                raise ValueError(
+                    f"{done.dropped[-1]}\n{len(done.dropped)} bad rows, max_bad_samples is {max_bad_samples}"
+                )
+            for record in records_of(batch, scores, tokenizer):
+                file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+                done.samples += 1
+            done.rows = min(done.rows + batch_size, len(dataset))
+            parts.save(file, done)
+            torch.manual_seed(done.rows)  # random strategies draw the same weights in a run that was interrupted
+            progress.update(done.rows - progress.n)
+    for problem in done.dropped:
+        logger.warning("left out: %s", problem)
+    return done.samples
 
 
 @torch.no_grad()
@@ -107,6 +146,9 @@ def records_of(
 ) -> Iterator[dict[str, Any]]:
     """Yield the score record of each sample of a batch; the stand-in row of an all-dropped batch has none."""
     labels = label_tokens(batch["labels"])
+    # Decoded behind a known token: alone, SentencePiece-like tokens lose their leading space.
+    lead = tokenizer.encode("a", add_special_tokens=False)[-1:]
+    lead_text = tokenizer.decode(lead)
     for row, sample_id in enumerate(batch["sample_ids"]):
         if (batch["labels"][row] == IGNORE_INDEX).all():
             continue
@@ -115,6 +157,6 @@ def records_of(
             "id": sample_id,
             "input_ids": batch["input_ids"][row][batch["attention_mask"][row].bool()].tolist(),
             "label_positions": labels.positions[mine].tolist(),
-            "tokens": [tokenizer.decode([token]) for token in labels.ids[mine].tolist()],
+            "tokens": [tokenizer.decode([*lead, token]).removeprefix(lead_text) for token in labels.ids[mine].tolist()],
             **{name: scores[name][mine].tolist() for name in SCORES},
         }

@@ -3,16 +3,19 @@
 LAION published the tower of MGM in open_clip's layout alone; its configuration is read off the shapes of its weights.
 """
 
+import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor, nn
 from transformers import ConvNextConfig, ConvNextModel
 
 from cal_train.models.convert.keys import CONVNEXT, rename
-from cal_train.models.convert.reading import inside, read_tensors
+from cal_train.models.convert.reading import inside, read_json, read_tensors
 from cal_train.towers.loading import folder_config, load_strict
+
+logger = logging.getLogger(__name__)
 
 _OPEN_CLIP_FILES = ("open_clip_pytorch_model.bin", "open_clip_model.safetensors")
 _TRUNK = "visual.trunk."
@@ -58,8 +61,36 @@ def aux_state(folder: Path) -> dict[str, Tensor]:
     config = folder_config(folder, "auxiliary tower")
     if config.model_type != "convnext":
         raise ValueError(f"auxiliary tower {folder} is a {config.model_type!r}: MGM reads a ConvNeXt")
+    if config.hidden_act != "gelu":  # the configuration is made anew, from the weights alone
+        raise ValueError(f"auxiliary tower {folder} has hidden_act {config.hidden_act!r}: only 'gelu' is supported")
     state = load_strict(ConvNextModel, folder, "auxiliary tower", may_lack=["layernorm"]).state_dict()
     return {name: value for name, value in state.items() if not name.startswith("layernorm.")}
+
+
+def warn_of_other_normalization(folder: Path, mean: Sequence[float], std: Sequence[float]) -> None:
+    """Warn if the tower was trained on images of another mean or standard deviation than those that it will see.
+
+    MGM gives both towers the same pixels, and its original code asserts that both were trained on such. A folder that
+    does not say how its images were normalised is passed over.
+
+    Args:
+        folder: Of the auxiliary tower.
+        mean: Of the images, per channel: those of the first tower.
+        std: The same for the standard deviation.
+    """
+    stored: list[object] = []
+    if (folder / "open_clip_config.json").is_file():
+        fields = read_json(folder / "open_clip_config.json").get("preprocess_cfg") or {}
+        stored = [fields.get("mean"), fields.get("std")]
+    elif (folder / "preprocessor_config.json").is_file():
+        fields = read_json(folder / "preprocessor_config.json")
+        stored = [fields.get("image_mean"), fields.get("image_std")]
+    if any(theirs is not None and theirs != list(ours) for theirs, ours in zip(stored, (mean, std), strict=False)):
+        logger.warning(
+            "auxiliary tower %s was trained on images with mean %s and standard deviation %s, but sees those of the "
+            "first tower, with %s and %s: take two towers that agree, as MGM does",
+            *(folder, *stored, list(mean), list(std)),
+        )
 
 
 def aux_config(state: Mapping[str, Tensor], prefix: str = "") -> ConvNextConfig:

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from cal_train.models.anyres import check_grid
-from cal_train.models.aux_tower import load_aux_tower
+from cal_train.models.aux_tower import load_aux_tower, warn_of_other_normalization
 from cal_train.models.layout import PARTS_OF, PRETRAINED_PARTS, build_config, build_processor
 from cal_train.models.llm import check_folder, fold_logit_scale, grow_embeddings, load_llm
 from cal_train.models.probe import check_folder_computes, probe_parts
@@ -103,7 +103,8 @@ def compose(
     resized_tower = at_image_size(tower, size)
     language_model = load_llm(llm, gguf_file, dtype)
     aux = None if aux_tower is None else load_aux_tower(Path(aux_tower))
-    if aux is not None:
+    if aux is not None and aux_tower is not None:
+        warn_of_other_normalization(Path(aux_tower), image_processor.image_mean, image_processor.image_std)
         family_options |= _mgm_options(resized_tower.config, aux.config, image_grid)
     logger.info("language model: %s, %s", type(language_model).__name__, language_model.dtype)
     logger.info("vision tower: %s, layer %d at %d px", type(tower).__name__, vision_feature_layer, size)

@@ -19,7 +19,8 @@ from transformers import (
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
 from cal_train.models import mgm_family
-from cal_train.models.anyres import original_grid
+from cal_train.models.anyres import check_grid, original_grid
+from cal_train.models.tower import require_hidden_state
 from cal_train.towers.loading import has_class_token
 from cal_train.types import IMAGE_MARK
 
@@ -62,13 +63,15 @@ def build_config(
         **family_options: Further fields of the family's configuration, for example ``image_grid_pinpoints``.
 
     Raises:
-        ValueError: If the family is unknown, or an auxiliary tower is given to a family that has none, or lacking.
+        ValueError: If the family is unknown, an auxiliary tower is given to a family that has none, or lacking, the
+            tower has no such hidden state, or grids of tiles do not fit it.
     """
     if family not in PARTS_OF:
         raise ValueError(f"family {family!r} is unknown: use one of {', '.join(PARTS_OF)}")
     if (aux_config is not None) != ("aux_tower" in PARTS_OF[family]):
         cure = "leave out the auxiliary tower" if aux_config is not None else "name one with --aux_tower"
         raise ValueError(f"family {family!r} has {'no' if aux_config is not None else 'an'} auxiliary tower: {cure}")
+    require_hidden_state(vision_config, vision_feature_layer)
     return _CONFIGS[family](
         deepcopy(text_config),
         deepcopy(vision_config),
@@ -124,7 +127,8 @@ def _llava_config(
 def _llava_next_config(
     text: PreTrainedConfig, vision: Any, image_token_id: int, layer: int, _: None, **options: Any
 ) -> LlavaNextConfig:
-    grid = {"image_grid_pinpoints": original_grid(vision.image_size)}
+    grids = options.pop("image_grid_pinpoints", None) or original_grid(vision.image_size)
+    grid = {"image_grid_pinpoints": check_grid(grids, vision.image_size)}
     return LlavaNextConfig(**{**_shared_fields(text, vision, image_token_id, layer), **grid, **options})
 
 

@@ -4,6 +4,10 @@ The original LLaVA keeps a LoRA run's projector in a side file that is written o
 is one of peft's ``modules_to_save``: every saved adapter is complete and can be resumed, merged and moved on its own.
 LLaVA-NeXT's newline is a parameter without a module, which peft does not save: `save_newline` adds it to the adapter's
 file under its name in the wrapped model, where peft's own loading finds it.
+
+An adapter of a quantised base model (`cal_train.models.quantize`) is merged into the base model in full precision
+unless asked otherwise: the merged weights then carry no rounding, but the logits are not quite those of the training,
+which went through the rounded weights. ``quantized_base`` gives exactly those.
 """
 
 import json
@@ -11,8 +15,16 @@ import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import cast
 
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -20,12 +32,18 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationC
 
 from cal_train.conf import LORA_TARGETS
 from cal_train.models.parts import part_of
+from cal_train.models.quantize import load_dequantized
 
 _WEIGHTS_NAME = "adapter_model.safetensors"
 
 
 def add_lora(
-    model: PreTrainedModel, r: int, alpha: int, dropout: float, target_modules: str = LORA_TARGETS
+    model: PreTrainedModel,
+    r: int,
+    alpha: int,
+    dropout: float,
+    target_modules: str = LORA_TARGETS,
+    use_dora: bool = False,
 ) -> PeftModel:
     """Return the model behind peft, with LoRA on linear layers of the language model and a projector of its own.
 
@@ -35,6 +53,7 @@ def add_lora(
         alpha: Scale; the update is multiplied by ``alpha / r``.
         dropout: Dropout in front of the LoRA matrices.
         target_modules: Regular expression that a module's full name must match.
+        use_dora: Also learn the norm of each row of the adapted matrices (DoRA, arXiv:2402.09353).
 
     Raises:
         ValueError: If the expression matches nothing, or anything outside the language model.
@@ -43,7 +62,12 @@ def add_lora(
     body = model.base_model
     projectors = [name for name, _ in body.named_children() if part_of(f"{name}.") == "projector"]
     config = LoraConfig(
-        r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=target_modules, modules_to_save=projectors
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=target_modules,
+        modules_to_save=projectors,
+        use_dora=use_dora,
     )
     return get_peft_model(model, config)
 
@@ -70,20 +94,34 @@ def save_newline(model: PeftModel, folder: str | Path, state_dict: Mapping[str, 
     save_file(complete, file, metadata=metadata)
 
 
-def merge(adapter: Path, output: Path, base: Path | None = None) -> Path:
+def load_adapter_strictly(model: PeftModel, folder: str | Path) -> None:
+    """Copy the weights of an adapter folder into the wrapped model, every one of them.
+
+    Raises:
+        ValueError: If a weight is missing, left over, or of another shape.
+    """
+    _check_keys(model, Path(folder))
+    try:
+        set_peft_model_state_dict(model, load_file(Path(folder) / _WEIGHTS_NAME))
+    except RuntimeError as error:  # a shape that does not fit
+        raise ValueError(f"{folder} does not fit the adapter of this run: {error}") from error
+
+
+def merge(adapter: Path, output: Path, base: Path | None = None, quantized_base: bool = False) -> Path:
     """Fold an adapter into its base model and save a plain checkpoint folder with processor and chat template.
 
     Args:
         adapter: Folder of the adapter. A processor or generation configuration in it wins over the base model's.
         output: Folder to write; it must not exist or be empty.
         base: Folder of the base model. Default: the one that the adapter names.
+        quantized_base: Merge into the weights that a run with ``quantization`` saw, quantised and turned back.
 
     Returns:
         The output folder.
 
     Raises:
-        ValueError: If a folder is not what it should be, the adapter lacks the model's newline, or the output folder is
-            not empty.
+        ValueError: If a folder is not what it should be, the adapter lacks a weight or has one too many, the output
+            folder is not empty, or ``quantized_base`` is asked for after a run without quantization.
     """
     adapter, output = Path(adapter), Path(output)
     base = _base_of(adapter) if base is None else Path(base)
@@ -91,9 +129,16 @@ def merge(adapter: Path, output: Path, base: Path | None = None) -> Path:
         raise ValueError(f"base model {base} of adapter {adapter} is not a model folder: name it with --base")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"output {output} exists and is not an empty folder: choose another one")
-    model = AutoModelForImageTextToText.from_pretrained(base, dtype="auto")
+    if quantized_base:
+        model = load_dequantized(base, adapter)
+    else:
+        model = AutoModelForImageTextToText.from_pretrained(base, dtype="auto")
     _check_newline(model, adapter)
-    merged = PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True)
+    config = PeftConfig.from_pretrained(str(adapter))
+    config.base_model_name_or_path = str(base)
+    wrapped = cast(PeftModel, get_peft_model(model, config))
+    load_adapter_strictly(wrapped, adapter)  # peft's own loading tolerates what is missing
+    merged = wrapped.merge_and_unload(safe_merge=True)
     for source in (adapter, base):
         if (source / "generation_config.json").is_file():
             merged.generation_config = GenerationConfig.from_pretrained(source)
@@ -123,6 +168,24 @@ def _check_newline(model: PreTrainedModel, adapter: Path) -> None:
         raise ValueError(
             f"{file} holds no image_newline, which {type(model).__name__} is trained with: merged, the model would be "
             "another one than was trained. Take the adapter folder as the run saved it"
+        )
+
+
+def _check_keys(model: PeftModel, folder: Path) -> None:
+    """Compare the names in an adapter's file with what the wrapped model needs: peft itself tolerates gaps."""
+    file = folder / _WEIGHTS_NAME
+    if not file.is_file():
+        raise ValueError(f"{folder} is not an adapter folder: {_WEIGHTS_NAME} is missing")
+    with safe_open(file, framework="pt") as weights:
+        found = set(weights.keys())
+    needed = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    needed |= {name for name, _ in model.named_parameters() if part_of(name) == "image_newline"}
+    if missing := sorted(needed - found):
+        raise ValueError(f"{file} lacks {len(missing)} of {len(needed)} weights, the first is {missing[0]}")
+    if unexpected := sorted(found - needed):
+        raise ValueError(
+            f"{file} holds {len(unexpected)} weights that this adapter does not have, the first is {unexpected[0]}: "
+            "the options of LoRA or the base model are others than those of the run"
         )
 
 

@@ -186,7 +186,11 @@ def _is_lora(name: str) -> bool:
 
 
 def _numel(parameter: nn.Parameter) -> int:
-    # under ZeRO-3 a partitioned parameter is empty here and says its true size in ds_numel
+    # Under ZeRO-3 a partitioned parameter is empty here and says its true size in ds_numel. In 4 bits two weights share
+    # a byte; the shape that they had is kept beside them.
+    packed = getattr(parameter, "quant_state", None)
+    if packed is not None:
+        return packed.shape.numel()
     return getattr(parameter, "ds_numel", parameter.numel())
 
 

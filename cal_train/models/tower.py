@@ -26,11 +26,20 @@ def selected_features(tower: PreTrainedModel, pixel_values: Tensor, layer: int) 
     Raises:
         ValueError: If the tower has no such layer.
     """
-    num_states = tower.config.num_hidden_layers + 1
-    if not -num_states <= layer < num_states:
-        raise ValueError(f"vision_feature_layer {layer} does not exist: the tower has {num_states} hidden states")
+    require_hidden_state(tower.config, layer)
     options = {} if tower.config.model_type == "dinov2" else {"interpolate_pos_encoding": True}
     return tower(pixel_values, output_hidden_states=True, **options).hidden_states[layer]
+
+
+def require_hidden_state(config: Any, layer: int) -> None:
+    """Check that a tower of this configuration has the hidden state ``layer``.
+
+    Raises:
+        ValueError: If it has not.
+    """
+    num_states = config.num_hidden_layers + 1
+    if not -num_states <= layer < num_states:
+        raise ValueError(f"vision_feature_layer {layer} does not exist: the tower has {num_states} hidden states")
 
 
 def patch_features(model: PreTrainedModel, pixel_values: Tensor) -> Tensor:

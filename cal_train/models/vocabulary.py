@@ -1,11 +1,14 @@
 """The tokenizer of a new VLM: image token, padding token, chat template, and where generation stops."""
 
+import logging
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from cal_train.data.conversation import render, resolve_template
 from cal_train.types import IMAGE_MARK, Message
+
+logger = logging.getLogger(__name__)
 
 PAD_TOKEN = "<pad>"
 
@@ -49,7 +52,7 @@ def load_tokenizer(folder: Path, gguf_file: str | None = None) -> PreTrainedToke
         raise ValueError(
             f"tokenizer of {folder} is a slow one, without character offsets: save it with a tokenizer.json"
         )
-    tokenizer.padding_side = "right"
+    tokenizer.padding_side = "left"
     return tokenizer
 
 
@@ -66,6 +69,7 @@ def choose_template(tokenizer: PreTrainedTokenizerBase, name: str | None) -> str
     if name is None:
         name = "chat" if tokenizer.chat_template else "vicuna_v1"
     template = resolve_template(name, tokenizer)
+    logger.info("chat template: %s", "the language model's own" if name == "chat" else name)
     return _PARTS_TO_STRINGS + template if name == "chat" else template
 
 

@@ -67,6 +67,8 @@ def export_tower(towers: TwoTower | Path, output: Path, image_processor: Any | N
     if processor is None:
         if isinstance(towers, TwoTower):
             raise ValueError("towers in memory have no image processor: pass image_processor")
+        if not (Path(towers) / "vision").is_dir():
+            raise ValueError(f"{towers} is not the folder of a tower run, or of a checkpoint of one: check the path")
         processor = stored_image_processor(Path(towers) / "vision")
     vision = (towers if isinstance(towers, TwoTower) else load_two_tower(towers)).vision
     encoder = exported_encoder(vision)

@@ -120,22 +120,36 @@ def load_tower(folder: Path) -> PreTrainedModel:
     Raises:
         ValueError: If the folder is not a supported tower, is quantised, or lacks weights.
     """
-    config = folder_config(folder, "vision tower")
+    model_type = _require_tower_type(folder, folder_config(folder, "vision tower"))
+    return load_strict(TOWERS[model_type], folder, "vision tower")
+
+
+def _require_tower_type(folder: Path, config: PreTrainedConfig) -> str:
+    """Return the key of the tower's class in `TOWERS`."""
     model_type = _VISION_HALF.get(config.model_type, config.model_type)
     if model_type not in TOWERS:
         raise ValueError(
             f"vision tower {folder} has model_type {config.model_type!r}, which is not supported: "
             f"use one of {', '.join([*TOWERS, *_VISION_HALF])}"
         )
-    return load_strict(TOWERS[model_type], folder, "vision tower")
+    return model_type
 
 
 def stored_image_processor(folder: Path) -> Any:
     """Return the image processor in a tower's folder.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If there is none, or no folder.
     """
+    if not folder.is_dir():
+        raise ValueError(f"vision tower {folder} is not a folder: check the path")
+    if (folder / "vision").is_dir() and (folder / "tower.json").is_file():
+        raise ValueError(
+            f"vision tower {folder} is the folder of a tower run: take its tower out first, cal-train export_tower "
+            f"--checkpoint {folder} --output {folder}-vision"
+        )
+    if (folder / "config.json").is_file():
+        _require_tower_type(folder, folder_config(folder, "vision tower"))
     if not any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
         raise ValueError(
             f"vision tower {folder} has no preprocessor_config.json, which says how its images were normalised: "

@@ -6,10 +6,23 @@ from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel
+from transformers.trainer_pt_utils import safe_globals
+
+from cal_train.models.shards import check_shards
+from cal_train.train.safe_save import complete_checkpoints, incomplete_because, settle_partials, step_of
 
 logger = logging.getLogger(__name__)
 
-TRAINER_STATE_NAME = "trainer_state.json"
+NEVER_READ = "training_args.bin"
+"""Written by the Trainer for people; nothing here loads it."""
+
+DEEPSPEED_CLASSES = {
+    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
+    "deepspeed.runtime.zero.config.ZeroStageEnum",
+    "deepspeed.utils.tensor_fragment.fragment_address",
+}
+"""Plain classes in DeepSpeed's own checkpoint files, which it reads as pickles without restriction."""
 
 
 @torch.no_grad()
@@ -19,6 +32,7 @@ def load_weights_strictly(model: PreTrainedModel, folder: str | Path) -> None:
     Raises:
         ValueError: If a weight is missing, left over, or of another shape.
     """
+    check_shards(folder)
     loaded, info = cast(
         tuple[PreTrainedModel, dict[str, Any]],
         type(model).from_pretrained(folder, dtype=model.dtype, output_loading_info=True),
@@ -29,28 +43,63 @@ def load_weights_strictly(model: PreTrainedModel, folder: str | Path) -> None:
     model.load_state_dict(loaded.state_dict(), strict=True)
 
 
-def resolve_resume(resume_from_checkpoint: str | None, output_dir: str | Path) -> str | None:
-    """Return the checkpoint folder to resume from: a folder, or with ``latest`` the newest one of ``output_dir``.
+def resolve_resume(resume_from_checkpoint: str | None, output_dir: str | Path, is_main_process: bool) -> str | None:
+    """Return the checkpoint folder to resume from, checked: complete, no pickle that runs code, no shard outside.
 
-    A folder without ``trainer_state.json``, which is written last, is what a run left that was killed while it saved:
-    ``latest`` passes it by with a warning.
+    Args:
+        resume_from_checkpoint: A folder; ``latest`` for the complete checkpoint of the highest step in ``output_dir``;
+            ``auto`` for the same, or the beginning if there is none; None for the beginning.
+        output_dir: The run folder. The main process first clears up what a killed run left there half-written.
+        is_main_process: The others must call this after it has returned on the main process.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If there is none, or it is not to be trusted.
     """
+    run_folder = Path(output_dir)
+    if is_main_process:
+        settle_partials(run_folder)
     if resume_from_checkpoint is None:
         return None
-    if resume_from_checkpoint != "latest":
-        if not (Path(resume_from_checkpoint) / TRAINER_STATE_NAME).is_file():
-            raise ValueError(f"resume_from_checkpoint={resume_from_checkpoint} is not a checkpoint folder of a run")
-        return resume_from_checkpoint
-    for checkpoint in sorted(Path(output_dir).glob("checkpoint-*"), key=_step_of, reverse=True):
-        if (checkpoint / TRAINER_STATE_NAME).is_file():
-            return str(checkpoint)
-        logger.warning("%s is incomplete (no %s): passed by", checkpoint, TRAINER_STATE_NAME)
-    raise ValueError(f"resume_from_checkpoint=latest, but {output_dir} holds no complete checkpoint-N folder")
+    if resume_from_checkpoint not in ("latest", "auto"):
+        checkpoint = Path(resume_from_checkpoint)
+        if reason := incomplete_because(checkpoint):
+            raise ValueError(f"resume_from_checkpoint={checkpoint} is not a complete checkpoint folder: {reason}")
+    else:
+        complete = complete_checkpoints(run_folder)
+        for path in (path for path in run_folder.glob("checkpoint-*") if step_of(path) >= 0 and path not in complete):
+            logger.warning("%s is incomplete (%s): passed by", path, incomplete_because(path))
+        if not complete and resume_from_checkpoint == "auto":
+            return None
+        if not complete:
+            raise ValueError(f"resume_from_checkpoint=latest, but {output_dir} holds no complete checkpoint-N folder")
+        checkpoint = complete[-1]
+    check_shards(checkpoint)
+    check_pickles(checkpoint)
+    return str(checkpoint)
 
 
-def _step_of(checkpoint: Path) -> int:
-    step = checkpoint.name.removeprefix("checkpoint-")
-    return int(step) if step.isdecimal() else -1
+def check_pickles(checkpoint: Path) -> None:
+    """Raise if a file of optimizer, scheduler or random state names code that reading it must not reach.
+
+    The files are taken apart, not loaded. This covers DeepSpeed's too, which are later loaded without ``weights_only``.
+
+    Raises:
+        ValueError: Naming the file and what it asks for.
+    """
+    pointer = checkpoint / "latest"  # DeepSpeed reads the files of the folder that this names
+    if pointer.is_file():
+        tag = pointer.read_text(encoding="utf-8").strip()
+        if tag == ".." or Path(tag).name != tag or (checkpoint / tag).is_symlink():
+            raise ValueError(f"{pointer} points to {tag!r}, which lies elsewhere: do not use this folder")
+    files = sorted(path for end in ("*.pt", "*.pth", "*.bin") for path in checkpoint.rglob(end))
+    for path in (path for path in files if path.name != NEVER_READ):
+        try:
+            with safe_globals():
+                asked = set(torch.serialization.get_unsafe_globals_in_checkpoint(str(path)))
+        except (ValueError, RuntimeError, KeyError, IndexError, EOFError) as error:
+            raise ValueError(f"{path} is not a file of torch.save, damaged or old: {error}") from None
+        if foreign := sorted(asked - DEEPSPEED_CLASSES):
+            raise ValueError(
+                f"{path} asks for {', '.join(foreign[:5])}, which no checkpoint needs: loading it could run code. Do "
+                "not use this folder"
+            )

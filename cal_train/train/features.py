@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
+from transformers.distributed.fsdp import is_fsdp_enabled
 
 from cal_train.data.dataset import VlmDataset
 from cal_train.data.images import ImageLimits, open_image
@@ -32,7 +33,7 @@ class FeatureCache:
     """Callable ``cache(image) -> features (P, width of the tower)``; None for an image that was never cached.
 
     Raises:
-        ValueError: If the family's features cannot be cached, or the tower is trainable or partitioned by ZeRO-3.
+        ValueError: If the family's features cannot be cached, the tower is trainable, or a rank does not have it whole.
     """
 
     def __init__(self, folder: Path, model: PreTrainedModel, processor: ProcessorMixin):
@@ -47,6 +48,11 @@ class FeatureCache:
         if any(hasattr(p, "ds_id") for p in family.tower_parameters(model)):
             raise ValueError(
                 "vision_feature_cache does not work with ZeRO-3, which splits the tower: take zero2 or unset it"
+            )
+        if is_fsdp_enabled():  # with FSDP_CPU_RAM_EFFICIENT_LOADING only: other ranks have a tower without its weights
+            raise ValueError(
+                "vision_feature_cache does not work with fsdp_cpu_ram_efficient_loading, by which one rank alone "
+                "has weights at first: set that to false in the launcher's file or unset the cache"
             )
         self.model, self.processor = model, processor
         self.folder = Path(folder) / fingerprint(model, processor)

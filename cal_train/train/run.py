@@ -4,13 +4,14 @@ import dataclasses
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
+    PreTrainedConfig,
     PreTrainedModel,
     ProcessorMixin,
     set_seed,
@@ -27,11 +28,23 @@ from cal_train.data.sources import training_sources
 from cal_train.models.anyres import check_grids
 from cal_train.models.families import FAMILIES
 from cal_train.models.lora import add_lora
+from cal_train.models.mgm_hd import for_grid, with_grid
 from cal_train.models.parts import Part, PartCount, freeze
+from cal_train.models.quantize import check_quantized, keep_layout, quantization_settings
+from cal_train.models.shards import check_shards
+from cal_train.models.tower import require_hidden_state
 from cal_train.models.vocabulary import stop_token_ids
-from cal_train.train.checkpoint import resolve_resume
+from cal_train.train.attention import check_packing
+from cal_train.train.engines import NOTHING_ASKED, Asked, check_engine, check_ranks, keep_layer_names, keep_names
 from cal_train.train.features import FeatureCache
-from cal_train.train.run_folder import data_seed, output_folder, set_up_logging, write_record
+from cal_train.train.run_folder import (
+    checkpoint_to_resume,
+    data_seed,
+    output_folder,
+    set_up_logging,
+    train_until_stopped,
+    write_record,
+)
 from cal_train.train.trainer import VlmTrainer
 
 logger = logging.getLogger(__name__)
@@ -40,10 +53,16 @@ SAMPLING_OPTIONS = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_
 """Generation options that only sampling reads."""
 
 
-def train(recipe: Recipe) -> Path:
-    """Run a recipe and return the folder with the trained model, in plain Hugging Face layout."""
+def train(recipe: Recipe, asked: Asked = NOTHING_ASKED) -> Path:
+    """Run a recipe and return the folder with the trained model, in plain Hugging Face layout.
+
+    Args:
+        recipe: All options.
+        asked: Engine and ranks that the launcher asks for; a run with others is refused.
+    """
     set_up_logging(recipe.training)
-    resume = resolve_resume(recipe.training.resume_from_checkpoint, output_folder(recipe.training))
+    check_ranks(asked, recipe.training)
+    resume = checkpoint_to_resume(recipe.training)
     weighting = weighting_of(recipe.cal)
     set_seed(recipe.training.seed)
     if not torch.cuda.is_available():
@@ -51,6 +70,8 @@ def train(recipe: Recipe) -> Path:
 
     processor = load_processor(recipe.model.model_name_or_path, recipe.data.template, recipe.model.image_aspect_ratio)
     model = load_model(recipe.model, recipe.training)
+    if recipe.model.image_grid is not None:
+        processor = for_grid(model.config, processor)
     check_grids(model.config, processor, recipe.model.model_name_or_path)
     model.generation_config.eos_token_id = stop_token_ids(processor.tokenizer, cast(str, processor.chat_template))
     drop_idle_sampling_options(model)
@@ -67,7 +88,7 @@ def train(recipe: Recipe) -> Path:
         processor=processor,
         weighting=weighting,
         train_dataset=dataset,
-        data_collator=Collator(processor.tokenizer.pad_token_id),
+        data_collator=Collator(processor.tokenizer.pad_token_id, pack_tokens(recipe, model, weighting)),
         train_sampler=build_sampler(recipe, dataset),
         eval_dataset=eval_dataset,
         mm_projector_lr=recipe.model.mm_projector_lr,
@@ -75,8 +96,9 @@ def train(recipe: Recipe) -> Path:
         max_bad_samples=recipe.data.max_bad_samples,
         has_cached_features=features is not None,
     )
+    check_engine(asked, trainer)
     announce(recipe, weighting, dataset, counts)
-    trainer.train(resume_from_checkpoint=resume)
+    train_until_stopped(trainer, resume)
     trainer.save_model()
     trainer.save_state()
     report_end(trainer, recipe)
@@ -99,6 +121,7 @@ def load_model(model_args: ModelArguments, args: VlmTrainingArguments) -> PreTra
         ValueError: If the folder holds a model of a family that is not supported.
     """
     folder = model_args.model_name_or_path
+    check_shards(folder)
     config = AutoConfig.from_pretrained(folder)
     if config.model_type not in FAMILIES:
         raise ValueError(
@@ -111,16 +134,59 @@ def load_model(model_args: ModelArguments, args: VlmTrainingArguments) -> PreTra
                 "mm_vision_select_layer cannot be changed in a LoRA run, whose adapter would not remember it: choose "
                 "the layer in `cal-train compose` or in stage 1"
             )
+        require_hidden_state(config.vision_config, model_args.mm_vision_select_layer)
         config.vision_feature_layer = model_args.mm_vision_select_layer
+    if model_args.image_grid is not None:
+        config = with_grid(config, model_args.image_grid, folder)
     dtype = model_args.dtype
     if dtype == "auto":
         dtype = "bfloat16" if args.deepspeed_plugin is not None and args.bf16 else "float32"
     attention = model_args.attn_implementation or (
         "flash_attention_2" if is_flash_attn_2_available() and (args.bf16 or dtype == "bfloat16") else "sdpa"
     )
-    return AutoModelForImageTextToText.from_pretrained(
-        folder, config=config, dtype=getattr(torch, dtype), attn_implementation=attention_per_part(attention)
+    model = AutoModelForImageTextToText.from_pretrained(
+        folder,
+        config=config,
+        dtype=getattr(torch, dtype),
+        attn_implementation=attention_per_part(attention),
+        **quantized_loading(config, model_args, args),
     )
+    keep_names(model)
+    keep_layer_names(model)
+    if model_args.quantization is not None:
+        keep_layout(model)
+        logger.info("%d linear layers in %s", check_quantized(model), model_args.quantization)
+    return model
+
+
+def quantized_loading(
+    config: PreTrainedConfig, model_args: ModelArguments, args: VlmTrainingArguments
+) -> dict[str, Any]:
+    """Return what ``from_pretrained`` needs besides to quantise the language model; nothing if it is not to.
+
+    Raises:
+        ValueError: If an option of LoRA or of quantization stands alone, or the weights are to be split over ranks.
+    """
+    kind = model_args.quantization
+    if model_args.use_dora and not model_args.lora_enable:
+        raise ValueError("use_dora is a form of LoRA: add lora_enable: true, or leave it out")
+    if kind is None:
+        return {}
+    if not model_args.lora_enable:
+        raise ValueError(
+            f"quantization={kind} without lora_enable: quantised weights cannot be trained, only adapters on them. "
+            "Add lora_enable: true, or leave out quantization"
+        )
+    deepspeed = args.deepspeed_plugin
+    if args.fsdp_plugin_args or (deepspeed is not None and deepspeed.zero_stage == 3):
+        raise ValueError(
+            f"quantization={kind} is not possible with weights split over ranks: use DDP, ZeRO-1 or ZeRO-2"
+        )
+    compute = model_args.bnb_4bit_compute_dtype
+    if compute == "auto":
+        compute = "bfloat16" if args.bf16 else "float32"
+    settings = quantization_settings(config, kind, getattr(torch, compute), model_args.bnb_4bit_use_double_quant)
+    return {"quantization_config": settings, "device_map": {"": str(args.device)}}
 
 
 def attention_per_part(name: str) -> str | dict[str, str]:
@@ -165,7 +231,12 @@ def wrap_lora(model: PreTrainedModel, model_args: ModelArguments) -> nn.Module:
     if not model_args.lora_enable:
         return model
     return add_lora(
-        model, model_args.lora_r, model_args.lora_alpha, model_args.lora_dropout, model_args.lora_target_modules
+        model,
+        model_args.lora_r,
+        model_args.lora_alpha,
+        model_args.lora_dropout,
+        model_args.lora_target_modules,
+        model_args.use_dora,
     )
 
 
@@ -198,6 +269,21 @@ def build_sampler(recipe: Recipe, dataset: VlmDataset) -> ShuffledSampler:
     with args.main_process_first(local=False, desc="image sizes"):  # the others find the file
         dataset.measure(output_folder(args) / "image_sizes.npz", show_progress=not args.disable_tqdm)
     return ModalityLengthSampler(dataset, rows_per_step(args), data_seed(args))
+
+
+def pack_tokens(recipe: Recipe, model: PreTrainedModel, weighting: TokenWeighting | None) -> int | None:
+    """Return the most tokens of a packed row, or None if rows are padded.
+
+    Raises:
+        ValueError: If an option of packing stands alone, or as `check_packing`.
+    """
+    data = recipe.data
+    if not data.packing:
+        if data.pack_tokens is not None:
+            raise ValueError("pack_tokens is for packed rows: add packing: true, or leave it out")
+        return None
+    check_packing(model.config.get_text_config(), weighting, data.model_max_length)
+    return data.model_max_length if data.pack_tokens is None else data.pack_tokens
 
 
 def rows_per_step(args: VlmTrainingArguments) -> int:

@@ -3,13 +3,17 @@
 Both passes and the loss run inside a single call of the (wrapped) model. That is what makes one piece of code right
 under DDP, ZeRO-1/2/3 and FSDP2, which gather and reshard parameters around the root's forward.
 
-B rows, S positions, T = S - 1 shifted positions, N scored or label tokens, R rows with an image, V vocabulary, D width.
+A row holds one sample, or several where the batch has ``segment_ids`` and ``position_ids`` (`cal_train.data.packing`).
+Weights are made per sample and place in the sample, so that they do not depend on which samples share a row.
+
+B rows, S positions, N scored or label tokens, R rows with an image, V vocabulary, D width; P samples (B, if nothing is
+packed), T = longest sample - 1 shifted places.
 """
 
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +23,9 @@ from cal_train.cal.ablation import mask_images, remove_images
 from cal_train.cal.strategies import TokenWeighting, normalize, token_weights
 from cal_train.models.families import family_of
 from cal_train.models.head import Head, open_head, output_head
+from cal_train.train.attention import check_packing, decode_packed
 from cal_train.train.metrics import Stopwatch
-from cal_train.types import IGNORE_INDEX
+from cal_train.train.targets import Layout, Targets, every_position, label_tokens, layout_of
 
 Batch = dict[str, Any]
 
@@ -40,14 +45,6 @@ class StepOptions:
     """Measures the pass without images."""
 
 
-class Targets(NamedTuple):
-    """Tokens to predict: label ``ids`` (N,) at ``positions`` (N,) >= 1 of ``rows`` (N,), in reading order."""
-
-    rows: Tensor
-    positions: Tensor
-    ids: Tensor
-
-
 def attach_step(model: PreTrainedModel) -> None:
     """Teach the model's root forward the call ``model(step=StepOptions, **batch)``; plain calls stay as they were."""
     open_head(model)
@@ -64,33 +61,37 @@ def run_step(model: PreTrainedModel, batch: Batch, options: StepOptions) -> dict
 
     Args:
         model: The VLM itself (this runs inside its forward).
-        batch: ``input_ids``, ``attention_mask``, ``labels`` (B, S) and the family's vision inputs or
-            ``vision_features``.
+        batch: ``input_ids``, ``attention_mask``, ``labels`` (B, S), of packed rows ``segment_ids`` and
+            ``position_ids`` (B, S), and the family's vision inputs or ``vision_features``.
         options: Head, weighting and what the engine asks for.
 
     Returns:
         ``loss_sum`` (sum of w * CE, with gradient) and ``weight_sum`` after normalisation. With an ablated pass also
-        ``logit_with``, ``logit_without``, ``delta`` and ``weight`` (before normalisation), each (N,) over label tokens.
+        ``logit_with``, ``logit_without``, ``delta`` and ``weight`` (before normalisation), each (N,) over label tokens,
+        sample by sample.
     """
-    labels = label_tokens(batch["labels"])
+    layout = layout_of(batch)
+    labels = label_tokens(batch["labels"], layout)
+    grid = layout.grid()
+    if layout.segment_ids is not None:
+        check_packing(family_of(model).language_model(model).config, options.weighting, grid[1])
     image_mask_BS = batch["input_ids"] == model.config.image_token_id
     embeds_BSD = embed(model, batch["input_ids"], batch, image_mask_BS, options)
-    mask_BS = batch["attention_mask"]
 
     weighting = options.weighting
     contrasting = weighting if weighting is not None and weighting.ablation is not None else None
     if contrasting is not None:
-        scored = labels if contrasting.scope == "labels" else every_position(batch["labels"])
+        scored = labels if contrasting.scope == "labels" else every_position(batch["labels"], layout)
         with options.ablated_clock or contextlib.nullcontext():
             without_N, is_ablated_N = logits_without_image(
-                model, embeds_BSD, mask_BS, image_mask_BS, scored, contrasting, options
+                model, embeds_BSD, layout, image_mask_BS, scored, contrasting, options
             )
 
-    hidden_BSD = decode(model, embeds_BSD, mask_BS)
+    hidden_BSD = decode(model, embeds_BSD, *layout)
     score_hidden_BSD = hidden_BSD.detach()
     if contrasting is not None and has_dropout(model):
         with torch.no_grad(), dropout_off(model):
-            score_hidden_BSD = decode(model, embeds_BSD.detach(), mask_BS)
+            score_hidden_BSD = decode(model, embeds_BSD.detach(), *layout)
 
     def weigh_and_lose(label_hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> dict[str, Tensor]:
         weight_N, report = torch.ones(len(labels.ids), device=label_hidden_ND.device), {}
@@ -98,9 +99,9 @@ def run_step(model: PreTrainedModel, batch: Batch, options: StepOptions) -> dict
             score_hidden_ND = score_hidden_BSD[scored.rows, scored.positions - 1]
             with_N = options.head.target_logits(score_hidden_ND, weight_VD, bias_V, scored.ids)
             no_image_N = torch.where(is_ablated_N, without_N, with_N)
-            report = contrast(contrasting, batch["labels"], scored, with_N, no_image_N)
+            report = contrast(contrasting, grid, labels, scored, with_N, no_image_N)
             weight_N = report["weight"]
-        scale_N = weight_N if weighting is None else normalize(weighting, weight_N, labels.rows, len(mask_BS))
+        scale_N = weight_N if weighting is None else normalize(weighting, weight_N, labels.samples, grid[0])
         loss_sum = options.head.loss_sum(label_hidden_ND, weight_VD, bias_V, labels.ids, scale_N)
         return {"loss_sum": loss_sum, "weight_sum": scale_N.sum(), **report}
 
@@ -109,32 +110,29 @@ def run_step(model: PreTrainedModel, batch: Batch, options: StepOptions) -> dict
 
 @torch.no_grad()
 def contrast(
-    weighting: TokenWeighting, labels_BS: Tensor, scored: Targets, with_N: Tensor, without_N: Tensor
+    weighting: TokenWeighting,
+    grid: tuple[int, int],
+    labels: Targets,
+    scored: Targets,
+    with_N: Tensor,
+    without_N: Tensor,
 ) -> dict[str, Tensor]:
-    """Return logits with and without the image, their difference and the weight, each (N,) over the label tokens."""
-    label_mask_BT = labels_BS[:, 1:] != IGNORE_INDEX
-    with_BT, without_BT = torch.zeros(2, *label_mask_BT.shape, device=with_N.device)
-    with_BT[scored.rows, scored.positions - 1] = with_N.float()
-    without_BT[scored.rows, scored.positions - 1] = without_N.float()
-    delta_BT = with_BT - without_BT
+    """Return logits with and without the image, their difference and the weight, each (N,) over the label tokens.
+
+    ``grid`` is the number of samples and the length of the longest (`Layout.grid`).
+    """
+    with_PT, without_PT = torch.zeros(2, grid[0], grid[1] - 1, device=with_N.device)
+    label_mask_PT = torch.zeros_like(with_PT, dtype=torch.bool)
+    with_PT[scored.samples, scored.places - 1] = with_N.float()
+    without_PT[scored.samples, scored.places - 1] = without_N.float()
+    label_mask_PT[labels.samples, labels.places - 1] = True
+    delta_PT = with_PT - without_PT
     return {
-        "logit_with": with_BT[label_mask_BT],
-        "logit_without": without_BT[label_mask_BT],
-        "delta": delta_BT[label_mask_BT],
-        "weight": token_weights(weighting, delta_BT, label_mask_BT),
+        "logit_with": with_PT[label_mask_PT],
+        "logit_without": without_PT[label_mask_PT],
+        "delta": delta_PT[label_mask_PT],
+        "weight": token_weights(weighting, delta_PT, label_mask_PT),
     }
-
-
-def label_tokens(labels_BS: Tensor) -> Targets:
-    """Return the label tokens. A label at position 0 has no token before it and is never predicted."""
-    rows, shifted = (labels_BS[:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)
-    return Targets(rows, shifted + 1, labels_BS[rows, shifted + 1])
-
-
-def every_position(labels_BS: Tensor) -> Targets:
-    """Return all positions from 1 on; where there is no label the target is id 0, as in the reference code."""
-    rows, shifted = torch.ones_like(labels_BS[:, 1:]).nonzero(as_tuple=True)
-    return Targets(rows, shifted + 1, labels_BS[rows, shifted + 1].masked_fill_(labels_BS[rows, shifted + 1] < 0, 0))
 
 
 def embed(
@@ -193,7 +191,7 @@ def idle_vision(model: PreTrainedModel, options: StepOptions) -> Tensor | None:
 def logits_without_image(
     model: PreTrainedModel,
     embeds_BSD: Tensor,
-    attention_mask_BS: Tensor,
+    layout: Layout,
     image_mask_BS: Tensor,
     scored: Targets,
     weighting: TokenWeighting,
@@ -201,28 +199,27 @@ def logits_without_image(
 ) -> tuple[Tensor, Tensor]:
     """Return each target's logit when the image is taken away, and whether there was anything to take away.
 
-    Rows without an image are not run again: nothing changes for them. With ``remove``, a target that follows an image
+    Samples without an image are not run again: nothing changes for them (with ``mask``, they run where they share a row
+    with others). With ``remove``, a target that follows an image
     is predicted from the last text token before it; where no text precedes, there is nothing to compare with.
 
     Returns:
         Logits (N,), and a mask (N,) that is False where the logit with the image holds as it is.
     """
-    is_image_row_B = image_mask_BS.any(1)
-    rows_R = is_image_row_B.nonzero()[:, 0]
+    is_image_sample_P = layout.has_any(image_mask_BS)
+    rows_R = image_mask_BS.any(1).nonzero()[:, 0]
     if len(rows_R) == 0:
         if not options.is_sharded:
-            return torch.zeros(len(scored.ids), device=embeds_BSD.device), is_image_row_B[scored.rows]
+            return torch.zeros(len(scored.ids), device=embeds_BSD.device), is_image_sample_P[scored.samples]
         rows_R = rows_R.new_zeros(1)  # every rank runs the same modules, so any row will do
-    embeds_RSD, mask_RS, images_RS = embeds_BSD[rows_R], attention_mask_BS[rows_R], image_mask_BS[rows_R]
+    elif layout.segment_ids is not None and weighting.ablation == "remove":
+        is_run_BS = torch.nn.functional.pad(is_image_sample_P, (1, 0))[layout.segment_ids]
+        layout = layout._replace(attention_mask=layout.attention_mask * is_run_BS)
     with dropout_off(model):
-        if weighting.ablation == "remove":
-            text = remove_images(embeds_RSD, mask_RS, images_RS)
-            hidden_RKD = decode(model, text.inputs_embeds, text.attention_mask, text.position_ids)
-            source_RS = text.last_kept
-        else:
-            hidden_RKD = decode(model, embeds_RSD, mask_images(mask_RS, images_RS))
-            source_RS = torch.arange(mask_RS.shape[1], device=mask_RS.device).expand_as(mask_RS)
-    index_of_row_B = torch.zeros(len(is_image_row_B), dtype=torch.long, device=rows_R.device)
+        hidden_RKD, source_RS = ablated_states(
+            model, embeds_BSD[rows_R], layout.take(rows_R), image_mask_BS[rows_R], weighting
+        )
+    index_of_row_B = torch.zeros(len(image_mask_BS), dtype=torch.long, device=rows_R.device)
     index_of_row_B[rows_R] = torch.arange(len(rows_R), device=rows_R.device)
     row_N = index_of_row_B[scored.rows]
     source_N = source_RS[row_N, scored.positions - 1]
@@ -230,23 +227,39 @@ def logits_without_image(
         hidden_RKD[row_N, source_N.clamp_min(0)],
         inside=lambda hidden, weight, bias: options.head.target_logits(hidden, weight, bias, scored.ids),
     )
-    return logits_N, is_image_row_B[scored.rows] & (source_N >= 0)
+    return logits_N, is_image_sample_P[scored.samples] & (source_N >= 0)
+
+
+def ablated_states(
+    model: PreTrainedModel, embeds_RSD: Tensor, layout: Layout, image_mask_RS: Tensor, weighting: TokenWeighting
+) -> tuple[Tensor, Tensor]:
+    """Return hidden states without the image, (R, K, D), and which of the K stands for each position, (R, S) or -1."""
+    if weighting.ablation == "remove":
+        text = remove_images(embeds_RSD, layout.attention_mask, image_mask_RS, layout.position_ids, layout.segment_ids)
+        hidden_RKD = decode(model, text.inputs_embeds, text.attention_mask, text.position_ids, text.segment_ids)
+        return hidden_RKD, text.last_kept
+    hidden_keys_RS = mask_images(layout.attention_mask, image_mask_RS)
+    hidden_RSD = decode(model, embeds_RSD, hidden_keys_RS, layout.position_ids, layout.segment_ids)
+    return hidden_RSD, torch.arange(embeds_RSD.shape[1], device=embeds_RSD.device).expand(embeds_RSD.shape[:2])
 
 
 def decode(
-    model: PreTrainedModel, embeds_BSD: Tensor, attention_mask_BS: Tensor, position_ids_BS: Tensor | None = None
+    model: PreTrainedModel,
+    embeds_BSD: Tensor,
+    attention_mask_BS: Tensor,
+    position_ids_BS: Tensor | None = None,
+    segment_ids_BS: Tensor | None = None,
 ) -> Tensor:
     """Run the language model without its head; return the last hidden states (B, S, D)."""
-    return (
-        family_of(model)
-        .language_model(model)(
-            inputs_embeds=embeds_BSD,
-            attention_mask=attention_mask_BS,
-            position_ids=position_ids_BS,
-            use_cache=False,
-        )
-        .last_hidden_state
-    )
+    language_model = family_of(model).language_model(model)
+    if segment_ids_BS is not None and position_ids_BS is not None:
+        return decode_packed(language_model, embeds_BSD, attention_mask_BS, position_ids_BS, segment_ids_BS)
+    return language_model(
+        inputs_embeds=embeds_BSD,
+        attention_mask=attention_mask_BS,
+        position_ids=position_ids_BS,
+        use_cache=False,
+    ).last_hidden_state
 
 
 def has_dropout(model: PreTrainedModel) -> bool:

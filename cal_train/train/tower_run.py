@@ -17,8 +17,15 @@ from cal_train.data.pair_loader import PairLoader, PairStream
 from cal_train.data.pair_plan import Share
 from cal_train.data.pairs import PairOptions, pair_sources
 from cal_train.objectives.families import build_objective
-from cal_train.train.checkpoint import resolve_resume
-from cal_train.train.run_folder import data_seed, output_folder, set_up_logging, write_record
+from cal_train.train.engines import NOTHING_ASKED, Asked, check_engine, check_ranks
+from cal_train.train.run_folder import (
+    checkpoint_to_resume,
+    data_seed,
+    output_folder,
+    set_up_logging,
+    train_until_stopped,
+    write_record,
+)
 from cal_train.train.tower_groups import part_of
 from cal_train.train.tower_model import TowerModel
 from cal_train.train.tower_parts import Processors, build_towers, image_processor_of, load_tokenizer, objective_options
@@ -41,16 +48,22 @@ MakeEvaluation = Callable[[Processors, int], Evaluate]
 """Returns how a model is measured during training, given processors and context length."""
 
 
-def train_towers(recipe: TowerRecipe, make_evaluation: MakeEvaluation | None = None) -> Path:
+def train_towers(
+    recipe: TowerRecipe,
+    make_evaluation: MakeEvaluation | None = None,
+    asked: Asked = NOTHING_ASKED,
+) -> Path:
     """Run a recipe and return the folder with the trained towers and objective.
 
     Args:
         recipe: All options.
         make_evaluation: What to measure every ``eval_steps``; None for nothing.
+        asked: Engine and ranks that the launcher asks for; a run with others is refused.
     """
     args = recipe.training
     set_up_logging(args)
-    resume = resolve_resume(args.resume_from_checkpoint, output_folder(args))
+    check_ranks(asked, args)
+    resume = checkpoint_to_resume(args)
     set_batch_size(args, recipe.towers)
     set_seed(args.seed)
 
@@ -75,8 +88,9 @@ def train_towers(recipe: TowerRecipe, make_evaluation: MakeEvaluation | None = N
         group_options=group_options(recipe.towers),
         grad_cache_chunk=recipe.towers.grad_cache_chunk,
     )
+    check_engine(asked, trainer)
     announce(recipe, model, loader)
-    trainer.train(resume_from_checkpoint=resume)
+    train_until_stopped(trainer, resume)
     trainer.save_model()
     trainer.save_state()
     report_end(trainer, recipe)

@@ -17,11 +17,13 @@ from cal_train.data.pair_loader import PairLoader
 from cal_train.objectives.gather import current_ranks
 from cal_train.train.grad_cache import grad_cache_step
 from cal_train.train.metrics import learning_rates
+from cal_train.train.step_guard import StepGuard
 from cal_train.train.tower_checkpoint import load_tower_weights, save_tower_model
 from cal_train.train.tower_groups import tower_groups
 from cal_train.train.tower_metrics import WindowMeans, batch_metrics, scale_metrics
 from cal_train.train.tower_model import TowerModel, objective_of, whole_step
 from cal_train.train.tower_stream import epoch_loader
+from cal_train.train.trainer_saves import save_checkpoint, save_output
 
 Evaluate = Callable[[TowerModel], Mapping[str, float]]
 """Measures a model in evaluation mode; the same numbers on every rank."""
@@ -76,7 +78,10 @@ class TowerTrainer(Trainer):
         self.ranks = current_ranks()
         self._last_outputs: dict[str, Any] = {}
         self._reset_window()
+        self.aside: Path | None = None
+        self.guard = StepGuard(cast(Trainer, self), args.max_nonfinite_steps)
         self.add_callback(_ClampAndSetEpoch(self))
+        self.add_callback(self.guard)
 
     def check_engine(self) -> None:
         """Raise ``ValueError`` where the run would be wrong: DataParallel, sharded parameters, data read anew."""
@@ -158,6 +163,7 @@ class TowerTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the parts of the loss, scale, logits, geometry and data waiting to the Trainer's line."""
         if "loss" in logs:
+            self.guard.correct_mean(logs)
             logs.update(self._window_report())
             logs.update(self.learning_rates)
         super().log(logs, start_time)
@@ -181,6 +187,29 @@ class TowerTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float | None:
+        self.guard.grad_norm = super()._get_grad_norm(model, grad_norm)
+        return self.guard.grad_norm
+
+    def _run_epoch(self, **arguments: Any) -> None:
+        if self.state.global_step < self.state.max_steps:  # resumed at the very end, it would take one step more
+            super()._run_epoch(**arguments)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save towers and objective, into the run folder by default; older files go once the new ones are written."""
+        if self.aside is not None:  # part of a checkpoint
+            super().save_model(output_dir, _internal_call)
+            return
+        save_output(self, output_dir, functools.partial(super().save_model, _internal_call=True))
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        save_checkpoint(self, functools.partial(super()._save_checkpoint, model, trial))
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self.aside is None else str(self.aside)
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if self.args.should_save:
             folder = Path(output_dir or cast(str, self.args.output_dir))
@@ -198,15 +227,11 @@ class TowerTrainer(Trainer):
         load_tower_weights(self.model, self.objective_name, cast(str, self.state.best_model_checkpoint))
 
     def _measure(self, inputs: dict[str, Any], outputs: dict[str, Any], sample_ids: list[str] | None) -> None:
-        if not torch.isfinite(outputs["loss"]):
-            raise FloatingPointError(
-                f"loss is {outputs['loss'].item()} at step {self.state.global_step + 1} on rank "
-                f"{self.args.process_index}, samples {', '.join(sample_ids or ['?'])}. Lower learning_rate, or look "
-                f"at these rows; resume from the last checkpoint in {self.args.output_dir}"
-            )
+        self._last_outputs = {name: outputs[name] for name in ("images", "texts")}
+        if not self.guard.note_loss(outputs["loss"], sample_ids):
+            return
         self._parts.add({f"loss/{name}": value for name, value in outputs["parts"].items()})
         self._metrics.add({f"{self.objective_name}/{name}": value for name, value in outputs["metrics"].items()})
-        self._last_outputs = {name: outputs[name] for name in ("images", "texts")}
 
     def _reset_window(self) -> None:
         self._parts, self._metrics = WindowMeans(), WindowMeans()

@@ -1,7 +1,9 @@
 """`VlmTrainer`: a Hugging Face Trainer whose loss is the CAL step of `cal_train.train.step`."""
 
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence, Sized
+from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
@@ -14,11 +16,14 @@ from cal_train.cal.strategies import TokenWeighting
 from cal_train.conf import VlmTrainingArguments
 from cal_train.models.families import base_model
 from cal_train.models.head import find_head
-from cal_train.models.lora import save_newline
+from cal_train.models.lora import load_adapter_strictly, save_newline
 from cal_train.models.parts import parameter_groups
+from cal_train.models.quantize import write_quantization
 from cal_train.train.checkpoint import load_weights_strictly
 from cal_train.train.metrics import WEIGHT_SUMS, Stopwatch, learning_rates, weight_report, weight_sums
 from cal_train.train.step import StepOptions, attach_step
+from cal_train.train.step_guard import StepGuard
+from cal_train.train.trainer_saves import save_checkpoint, save_output
 from cal_train.types import IGNORE_INDEX, DropCount, Problem
 
 
@@ -98,7 +103,10 @@ class VlmTrainer(Trainer):
         self.learning_rates: dict[str, float] = {}
         self.step_options = StepOptions(head, weighting, self._is_sharded(), has_cached_features, self.ablated_clock)
         self._reset_window()
+        self.aside: Path | None = None
+        self.guard = StepGuard(cast(Trainer, self), args.max_nonfinite_steps)
         self.add_callback(_SetEpoch(self))
+        self.add_callback(self.guard)
 
     def compute_loss(
         self,
@@ -121,8 +129,8 @@ class VlmTrainer(Trainer):
             if num_items_in_batch is None:
                 num_items_in_batch = count_labels(inputs["labels"])
             loss = outputs["loss_sum"] * self.args.world_size / max(int(num_items_in_batch), 1)
-        self._check_finite(loss, sample_ids)
-        self._measure(inputs, outputs)
+        if self.guard.note_loss(loss, sample_ids):
+            self._measure(inputs, outputs)
         return (loss, outputs) if return_outputs else loss
 
     def get_batch_samples(
@@ -163,6 +171,7 @@ class VlmTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add throughput, data waiting, weight statistics and the learning rate of each part to the Trainer's line."""
         if "loss" in logs:
+            self.guard.correct_mean(logs)
             logs.update(self._window_report())
             logs.update(self.learning_rates)
         super().log(logs, start_time)
@@ -219,7 +228,9 @@ class VlmTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         # The Trainer loads by the names inside the module and tolerates missing keys; files carry the names of the
         # published layout, so that it would load nothing and say nothing.
-        if model is not None or not isinstance(self.model, PreTrainedModel):
+        if model is None and isinstance(self.model, PeftModel) and not self.is_fsdp_enabled:
+            load_adapter_strictly(self.model, resume_from_checkpoint)
+        elif model is not None or not isinstance(self.model, PreTrainedModel):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             load_weights_strictly(self.model, resume_from_checkpoint)
@@ -230,6 +241,29 @@ class VlmTrainer(Trainer):
         else:  # as in `_load_from_checkpoint`
             load_weights_strictly(self.model, cast(str, self.state.best_model_checkpoint))
 
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float | None:
+        self.guard.grad_norm = super()._get_grad_norm(model, grad_norm)
+        return self.guard.grad_norm
+
+    def _run_epoch(self, **arguments: Any) -> None:
+        if self.state.global_step < self.state.max_steps:  # resumed at the very end, it would take one step more
+            super()._run_epoch(**arguments)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save model and processor, into the run folder by default; older files go once the new ones are written."""
+        if self.aside is not None:  # part of a checkpoint
+            super().save_model(output_dir, _internal_call)
+            return
+        save_output(self, output_dir, functools.partial(super().save_model, _internal_call=True))
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        save_checkpoint(self, functools.partial(super()._save_checkpoint, model, trial))
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self.aside is None else str(self.aside)
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
         # An adapter folder would lack what the template's answers end with; `merge` takes it from there.
@@ -237,6 +271,7 @@ class VlmTrainer(Trainer):
             folder = output_dir or cast(str, self.args.output_dir)
             base_model(self.model).generation_config.save_pretrained(folder)
             save_newline(self.model, folder, state_dict)
+            write_quantization(base_model(self.model), folder)
 
     def _is_sharded(self) -> bool:
         deepspeed = self.accelerator.state.deepspeed_plugin
@@ -244,14 +279,6 @@ class VlmTrainer(Trainer):
 
     def _sum_over_ranks(self, tensor: Tensor) -> Tensor:
         return cast(Tensor, self.accelerator.reduce(tensor, "sum"))
-
-    def _check_finite(self, loss: Tensor, sample_ids: list[str] | None) -> None:
-        if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"loss is {loss.item()} at step {self.state.global_step + 1} on rank {self.args.process_index}, "
-                f"samples {', '.join(sample_ids or ['?'])}. Lower learning_rate or look at these rows with `cal-train "
-                f"preview`; resume from the last checkpoint in {self.args.output_dir}"
-            )
 
     def _count_dropped(self, problems: list[Problem]) -> None:
         for problem in problems:
@@ -268,12 +295,14 @@ class VlmTrainer(Trainer):
 
     def _measure(self, inputs: dict[str, Any], outputs: dict[str, Tensor]) -> None:
         self._num_tokens += inputs["attention_mask"].sum()
+        self._num_positions += inputs["attention_mask"].numel()
         if self.weighting is not None and "delta" in outputs:
             self._weight_sums += weight_sums(self.weighting, outputs["delta"], outputs["weight"])
 
     def _reset_window(self) -> None:
         device = self.args.device
         self._num_tokens = torch.zeros((), dtype=torch.long, device=device)
+        self._num_positions = 0
         self._weight_sums = torch.zeros(len(WEIGHT_SUMS), device=device)
         self._data_wait_seconds = 0.0
         self._window_started, self._window_first_step = time.perf_counter(), self.state.global_step
@@ -281,11 +310,12 @@ class VlmTrainer(Trainer):
     def _window_report(self) -> dict[str, float]:
         seconds = time.perf_counter() - self._window_started
         num_steps = max(self.state.global_step - self._window_first_step, 1)
-        own = [float(self._num_tokens), float(self.dropped.count), float(self.num_truncated)]
+        own = [float(self._num_tokens), self._num_positions, float(self.dropped.count), float(self.num_truncated)]
         own = torch.tensor(own, device=self.args.device)
-        num_tokens, num_dropped, num_truncated = self._sum_over_ranks(own).tolist()
+        num_tokens, num_positions, num_dropped, num_truncated = self._sum_over_ranks(own).tolist()
         report = {
             "tokens_per_second": num_tokens / seconds,
+            "padding_share": 1 - num_tokens / max(num_positions, 1),
             "data_wait_share": self._data_wait_seconds / seconds,
             "dropped_rows": num_dropped,
             "truncated_rows": num_truncated,

@@ -39,8 +39,10 @@ def edit(data_path: Path, **changes: dict) -> None:
     data_path.write_text(json.dumps(rows))
 
 
-def run_check(path: Path, image_root: Path | None = None) -> int:
-    return check_data.run(argparse.Namespace(path=str(path), image_root=image_root and str(image_root)))
+def run_check(path: Path, image_root: Path | None = None, options: tuple[str, ...] = ()) -> int:
+    return check_data.run(
+        argparse.Namespace(path=str(path), image_root=image_root and str(image_root), options=list(options))
+    )
 
 
 def test_good_recipe_passes_and_its_counts_are_right(recipe, capsys):
@@ -75,6 +77,13 @@ def test_too_long_row_fails_only_where_a_recipe_sets_the_limit(recipe, data_path
     recipe.write_text(recipe.read_text() + "model_max_length: 30\n")
     assert run_check(recipe) == 1
     assert run_check(data_path, data_path.parent / "images") == 0
+
+
+def test_an_option_on_the_command_line_overrides_the_recipe(recipe, data_path):
+    assert run_check(recipe) == 0
+    assert run_check(recipe, options=("--model_max_length", "30")) == 1
+    with pytest.raises(ValueError, match="--model_max_length is an option of a recipe"):
+        run_check(data_path, data_path.parent / "images", ("--model_max_length", "30"))
 
 
 def test_data_file_on_its_own_is_checked_against_its_image_root(data_path, capsys):
@@ -126,14 +135,14 @@ def test_bad_row_is_shown_with_its_problem(data_path, tmp_path):
 
 
 def test_preview_verb_shows_rows_and_writes_a_page(recipe, tmp_path, capsys):
-    assert preview.run(argparse.Namespace(recipe=str(recipe), rows=2, html=None)) == 0
+    assert preview.run(argparse.Namespace(recipe=str(recipe), rows=2, html=None, options=[])) == 0
     out = capsys.readouterr().out
     assert "row-0" in out and "row-1" in out and "row-2" not in out and "<image \u00d74>" in out
     page = tmp_path / "page.html"
-    assert preview.run(argparse.Namespace(recipe=str(recipe), rows=99, html=str(page))) == 0
+    assert preview.run(argparse.Namespace(recipe=str(recipe), rows=99, html=str(page), options=[])) == 0
     assert page.read_text(encoding="utf-8").count("<h2>") == 8
 
 
 def test_preview_of_no_rows_is_refused(recipe):
     with pytest.raises(ValueError, match="at least 1"):
-        preview.run(argparse.Namespace(recipe=str(recipe), rows=0, html=None))
+        preview.run(argparse.Namespace(recipe=str(recipe), rows=0, html=None, options=[]))

@@ -42,11 +42,26 @@ EXPECTED = {
         "<|im_start|>user\n<image>\nq1<|im_end|><|im_start|>assistant\na1<|im_end|>"
         "<|im_start|>user\nq2<|im_end|><|im_start|>assistant\na2<|im_end|>"
     ),
+    "qwen_1_5": (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+        "<|im_start|>user\n<image>\nq1<|im_end|>\n<|im_start|>assistant\na1<|im_end|>\n"
+        "<|im_start|>user\nq2<|im_end|>\n<|im_start|>assistant\na2<|im_end|>\n"
+    ),
+    "llava_llama_3": (
+        "<s><|start_header_id|>system<|end_header_id|>\n\nYou are a helpful language and vision assistant. "
+        "You are able to understand the visual content that the user provides, and assist the user with a variety of "
+        "tasks using natural language.<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\n<image>\nq1<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\na1<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nq2<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\na2<|eot_id|>"
+    ),
     "mgm_gemma": (
         "<s><start_of_turn>user\n<image>\nq1<end_of_turn>\n<start_of_turn>model\na1<end_of_turn>\n</s>"
         "<start_of_turn>user\nq2<end_of_turn>\n<start_of_turn>model\na2<end_of_turn>\n</s>"
     ),
 }
+CHATML, LLAMA3 = ("chatml", "chatml_direct", "qwen_1_5"), ("llama3", "llava_llama_3")
 # As on the Hub for llava-1.5: parts only, images first, no end token, no generation marks.
 PARTS_TEMPLATE = (
     "{% for message in messages %}{{ message['role'].upper() + ':' }}"
@@ -158,12 +173,12 @@ def test_plain_refuses_anything_but_one_question_and_one_answer(messages):
 @pytest.mark.parametrize(
     ("name", "missing", "fitting"),
     [
-        ("llama3", "<|eot_id|>", {"chatml", "chatml_direct", "gemma"}),
-        ("chatml", "<|im_end|>", {"llama3", "gemma"}),
-        ("gemma", "<start_of_turn>", {"llama3", "chatml", "chatml_direct"}),
-        ("vicuna_v1", "</s>", {"llama3", "chatml", "chatml_direct", "gemma"}),
-        ("mistral", "</s>", {"llama3", "chatml", "chatml_direct", "gemma"}),
-        ("mgm_gemma", "</s>", {"llama3", "chatml", "chatml_direct", "gemma"}),
+        ("llama3", "<|eot_id|>", {*CHATML, "gemma"}),
+        ("chatml", "<|im_end|>", {*LLAMA3, "gemma"}),
+        ("gemma", "<start_of_turn>", {*LLAMA3, *CHATML}),
+        ("vicuna_v1", "</s>", {*LLAMA3, *CHATML, "gemma"}),
+        ("mistral", "</s>", {*LLAMA3, *CHATML, "gemma"}),
+        ("mgm_gemma", "</s>", {*LLAMA3, *CHATML, "gemma"}),
     ],
 )
 def test_template_that_does_not_fit_the_tokenizer_is_refused_and_those_that_do_are_named(name, missing, fitting):

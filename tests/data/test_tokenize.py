@@ -36,6 +36,11 @@ END_MARKS = {
     "llama3": "<|eot_id|>",
     "chatml": "<|im_end|>",
     "gemma": "<end_of_turn>",
+    "mistral": " </s>",
+    "chatml_direct": "<|im_end|>",
+    "mgm_gemma": "<end_of_turn>\n</s>",
+    "qwen_1_5": "<|im_end|>",
+    "llava_llama_3": "<|eot_id|>",
 }
 
 
@@ -114,11 +119,12 @@ def test_supervised_text_is_the_assistants_text_and_its_end_mark(tokenizers_by_k
     tokenizer = tokenizers_by_kind[kind]
     answers = ANSWERS[case][:1] if template == "plain" else ANSWERS[case]
     example = tokenize(conversation(QUESTIONS[question], answers), tokenizer, template)
-    # Vicuna's separator, the space behind "ASSISTANT:", is part of the answer's first token and trained with it.
-    space = {"vicuna_v1": " "}.get(template, "")
+    # The separator, a space behind "ASSISTANT:" or "[/INST]", is part of the answer's first token and trained with it.
+    space = {"vicuna_v1": " ", "mistral": " "}.get(template, "")
     expected = [(space if answer else "") + answer + END_MARKS[template] for answer in answers]
-    if template == "plain" and kind.startswith("metaspace"):
-        expected[0] = " " + expected[0]  # such tokenizers put a space before any text behind a special token
+    if kind.startswith("metaspace"):  # such tokenizers put a space before any text behind a special token
+        expected[0] = (" " if template == "plain" else "") + expected[0]
+        expected = [text.replace("<end_of_turn>\n", "<end_of_turn> \n") for text in expected]
     assert supervised_texts(example, tokenizer) == expected
     is_supervised = example.labels != IGNORE_INDEX
     assert torch.equal(example.labels[is_supervised], example.input_ids[is_supervised])

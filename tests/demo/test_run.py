@@ -33,6 +33,7 @@ from cal_train.demo.run import (
 )
 from cal_train.demo.scenes import QUESTION_TYPES
 from cal_train.demo.splits import TEST_SPLITS
+from cal_train.train.safe_save import mark_complete
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "demo"
 
@@ -177,13 +178,16 @@ def test_a_demo_in_parts_goes_on_where_it_stopped_and_keeps_what_is_finished(tmp
     in_parts, folder = replace(plan(tmp_path), in_parts=True), tmp_path / "runs" / "baseline-0"
     (folder / "checkpoint-20").mkdir(parents=True)
     (folder / "checkpoint-20" / "trainer_state.json").write_text("{}")
+    mark_complete(folder / "checkpoint-20")
     for _ in range(2):
         train_stage(in_parts, ["finetune.yaml", "--seed", "0"], folder, quiet(), costs := [])
         assert costs[0].command == "train baseline-0" and np.isnan(costs[0].seconds)  # of a part of the stage only
     recipe = str(tmp_path / "recipes" / "finetune.yaml")
     assert commands == [["train", recipe, "--seed", "0", "--resume_from_checkpoint", "latest"]]
     train_stage(plan(tmp_path), ["finetune.yaml"], folder, quiet(), costs := [])  # in one part: always anew
-    assert commands[1:] == [["train", recipe]] and costs == [Cost("train baseline-0", 12.0, 1.5)]
+    assert commands[1:] == [["train", recipe, "--overwrite_output_dir", "true"]] and costs == [
+        Cost("train baseline-0", 12.0, 1.5)
+    ]
 
 
 def write_style(folder, shape):

@@ -96,6 +96,29 @@ def test_known_token_counts(large_processor, size, num_tokens):
     assert count_image_tokens(large_processor, [size[::-1]]) == [num_tokens]
 
 
+def original_tiles(image):
+    """The image squashed to a tile, then the tiles of it fitted into its grid on black, row by row; 8-bit RGB."""
+    size = original_choice(*image.size)
+    canvas, scales = Image.new("RGB", size), [room / side for room, side in zip(size, image.size, strict=True)]
+    # the side that fills the grid is exact, the other one is rounded up
+    fitted = [min(math.ceil(side * min(scales)), room) for side, room in zip(image.size, size, strict=True)]
+    tightest = scales.index(min(scales))
+    fitted[tightest] = size[tightest]
+    canvas.paste(image.resize(fitted), [(room - side) // 2 for room, side in zip(size, fitted, strict=True)])
+    corners = [(x, y) for y in range(0, size[1], 336) for x in range(0, size[0], 336)]
+    return [image.resize((336, 336)), *(canvas.crop((x, y, x + 336, y + 336)) for x, y in corners)]
+
+
+@pytest.mark.parametrize(("width", "height"), [(640, 480), (189, 299), (100, 900), (333, 777), (20, 400), (37, 50)])
+def test_tiles_are_those_of_the_original(large_processor, width, height):
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    tiles = np.stack([np.asarray(tile) for tile in original_tiles(image)])
+    mean, std = (np.array(getattr(large_processor.image_processor, name)) for name in ("image_mean", "image_std"))
+    expected = torch.from_numpy(((tiles / 255 - mean) / std).transpose(0, 3, 1, 2)).float()
+    torch.testing.assert_close(image_inputs(large_processor, [image])[0]["pixel_values"], expected)
+
+
 def check_counts(sizes):
     """Predicted count = what the real processor and the real packing make of an image of that size."""
     model, processor = tiny_vlm("llava_next")

@@ -1,6 +1,7 @@
 """`compose` for LLaVA-NeXT and MGM: every weight comes from its part, and the folder is a model of its family."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from transformers import (
     SiglipVisionConfig,
     SiglipVisionModel,
 )
+from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from cal_train.cli.main import main
 from cal_train.models.compose import compose
@@ -41,6 +43,8 @@ def parts(tmp_path_factory):
     SiglipImageProcessorPil(size={"height": 28, "width": 28}, image_mean=[0.5] * 3).save_pretrained(root / "siglip")
     aux = ConvNextConfig(hidden_sizes=[8, 12, 16, 20], depths=[1, 1, 1, 1], layer_scale_init_value=0.5)
     ConvNextModel(aux).save_pretrained(root / "convnext")
+    aux.hidden_act = "relu"
+    ConvNextModel(aux).save_pretrained(root / "convnext_relu")
     return root
 
 
@@ -114,6 +118,29 @@ def test_mgm_takes_the_second_tower_as_open_clip_publishes_it(parts, tmp_path, f
             torch.testing.assert_close(hidden, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "warns"),
+    [
+        ("preprocessor_config.json", {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}, True),
+        ("preprocessor_config.json", {"image_mean": OPENAI_CLIP_MEAN, "image_std": OPENAI_CLIP_STD}, False),
+        ("open_clip_config.json", {"preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3}}, True),
+        ("open_clip_config.json", {"preprocess_cfg": {"mean": OPENAI_CLIP_MEAN, "std": OPENAI_CLIP_STD}}, False),
+        ("open_clip_config.json", {"model_cfg": {}}, False),
+    ],
+)
+def test_towers_that_want_other_pixels_are_warned_of(parts, tmp_path, caplog, file, content, warns):
+    aux = shutil.copytree(parts / "convnext", tmp_path / "aux")
+    (aux / file).write_text(json.dumps(content))
+    compose(parts / "llm", parts / "clip", tmp_path / "vlm", family="mgm", aux_tower=aux)
+    warned = [record.getMessage() for record in caplog.records if "take two towers that agree" in record.getMessage()]
+    assert len(warned) == warns
+
+
+def test_a_tower_folder_that_does_not_exist_is_named(parts, tmp_path):
+    with pytest.raises(ValueError, match=r"vision tower .*nowhere is not a folder"):
+        compose(parts / "llm", parts / "nowhere", tmp_path / "vlm")
+
+
 def test_the_command_line_takes_family_and_grids(parts, tmp_path):
     grids = [[28, 56], [56, 56]]
     arguments = ["--llm", parts / "llm", "--vision_tower", parts / "clip", "--output", tmp_path / "vlm"]
@@ -132,6 +159,8 @@ def test_the_command_line_takes_family_and_grids(parts, tmp_path):
         ({"family": "llava_next", "image_aspect_ratio": "pad"}, "image_aspect_ratio=pad does not apply"),
         ({"family": "llava_next", "grid_pinpoints": [[50, 28]]}, r"grid pinpoint \[50, 28\]"),
         ({"family": "mgm", "aux_tower": "clip"}, "'clip_vision_model': MGM reads a ConvNeXt"),
+        ({"family": "mgm", "aux_tower": "convnext_relu"}, "hidden_act 'relu'"),
+        ({"family": "llava_next", "vision_feature_layer": 5}, "vision_feature_layer 5 does not exist"),
     ],
 )
 def test_options_that_a_family_does_not_read_are_refused(parts, tmp_path, options, message):

@@ -1,8 +1,9 @@
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
-from cal_train.models.lora import add_lora, merge
+from cal_train.models.lora import add_lora, load_adapter_strictly, merge
 from cal_train.models.parts import freeze
 from cal_train.testing import tiny_llava, write_tiny_vlm
 
@@ -19,9 +20,9 @@ def batch(model):
     return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "pixel_values": pixel_values}
 
 
-def write_adapter(base, folder):
+def write_adapter(base, folder, **options):
     """Save an adapter whose matrices and projector are far from their start; return it with the model's logits."""
-    model = add_lora(AutoModelForImageTextToText.from_pretrained(base), r=4, alpha=8, dropout=0.1)
+    model = add_lora(AutoModelForImageTextToText.from_pretrained(base), r=4, alpha=8, dropout=0.1, **options)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -94,6 +95,46 @@ def test_merged_folder_computes_what_the_adapter_computed(base, tmp_path):
         assert not torch.allclose(ours, theirs)  # the projector travels inside the adapter
     assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
     assert (logits - untrained).abs().max() > 0.1 * expected.abs().max()
+
+
+def test_merged_dora_computes_what_the_adapter_computed_and_is_not_lora(base, tmp_path):
+    adapter, expected = write_adapter(base, tmp_path / "adapter", use_dora=True)
+    assert any("magnitude" in name for name in load_file(adapter / "adapter_model.safetensors"))
+    merged = AutoModelForImageTextToText.from_pretrained(merge(adapter, tmp_path / "merged"))
+    _, lora = write_adapter(base, tmp_path / "lora")
+    assert (logits_of(merged) - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert (lora - expected).abs().max() > 0.01 * expected.abs().max()
+
+
+@torch.no_grad()
+def logits_of(model):
+    return model.eval()(**batch(model)).logits
+
+
+def test_an_adapter_is_loaded_whole_or_not_at_all(base, tmp_path):
+    adapter, expected = write_adapter(base, tmp_path / "adapter")
+    model = add_lora(AutoModelForImageTextToText.from_pretrained(base), r=4, alpha=8, dropout=0.1)
+    load_adapter_strictly(model, adapter)
+    assert torch.equal(logits_of(model), expected)
+
+    file = adapter / "adapter_model.safetensors"
+    weights = load_file(file)
+    name = next(name for name in weights if "lora_B" in name)
+    broken = {
+        rf"lacks 1 of .*{name}": {key: value for key, value in weights.items() if key != name},
+        r"holds 1 weights .*extra": weights | {"extra": torch.zeros(1)},
+        "does not fit the adapter": weights | {name: torch.zeros(3, 3)},
+    }
+    for message, content in broken.items():
+        save_file(content, file, metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=message):
+            load_adapter_strictly(model, adapter)
+        if "lacks" in message:
+            with pytest.raises(ValueError, match=message):
+                merge(adapter, tmp_path / "merged")
+    file.unlink()
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors is missing"):
+        load_adapter_strictly(model, adapter)
 
 
 def test_tied_embeddings_stay_tied_through_a_merge(tmp_path):

@@ -16,6 +16,7 @@ from cal_train.cli.tower_recipe import load_tower_recipe
 from cal_train.conf_towers import TowerArguments
 from cal_train.data.pair_loader import PairLoader
 from cal_train.testing import write_tiny_pairs
+from cal_train.train.safe_save import mark_complete
 from cal_train.train.tower_run import set_batch_size, train_towers
 
 VISION = {
@@ -127,6 +128,7 @@ def test_a_checkpoint_of_another_objective_or_with_a_missing_weight_is_refused(r
     weights = load_file(checkpoint / "objective.safetensors")
     del weights["log_scale"]
     save_file(weights, checkpoint / "objective.safetensors")
+    mark_complete(checkpoint)
     with pytest.raises(ValueError, match="log_scale"):
         run(*resume)
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from cal_train.train.checkpoint import load_weights_strictly, resolve_resume
+from cal_train.train.checkpoint import load_weights_strictly
 
 
 def log_of(folder):
@@ -66,20 +66,6 @@ def test_resuming_continues_bit_for_bit_across_an_epoch(tiny_run, max_difference
         )
         assert max_difference(straight, resumed) == 0, checkpoint
         assert [line["loss"] for line in log_of(straight)] == [line["loss"] for line in log_of(resumed)]
-
-
-def test_resume_latest_takes_the_newest_checkpoint_and_says_when_there_is_none(tmp_path):
-    for step in (2, 10, 9):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").touch()
-    assert resolve_resume("latest", str(tmp_path)).endswith("checkpoint-10")
-    (tmp_path / "checkpoint-11").mkdir()  # killed while it saved
-    assert resolve_resume("latest", str(tmp_path)).endswith("checkpoint-10")
-    assert resolve_resume(None, str(tmp_path)) is None
-    with pytest.raises(ValueError, match="no complete checkpoint-N"):
-        resolve_resume("latest", str(tmp_path / "empty"))
-    with pytest.raises(ValueError, match="not a checkpoint folder"):
-        resolve_resume(str(tmp_path), str(tmp_path))
 
 
 def test_a_checkpoint_with_a_missing_or_foreign_weight_is_refused(tiny_run, tmp_path, weights_of):

@@ -194,7 +194,7 @@ def _vocabulary(
         )
     tokenizer, folder = find_tokenizer([source, *([parts.base] if parts.base else [])])
     report.source_pad_token = tokenizer.special_tokens_map.get("pad_token")
-    name, chat_template = find_template(tokenizer, settings.text_config.model_type, template)
+    name, chat_template = find_template(tokenizer, settings.family, settings.text_config.model_type, template)
     report.notes.append(f"chat template: {name}{'' if template else ', by language model and tokenizer'}")
     add_image_and_pad_token(tokenizer, chat_template)
     tokenizer.chat_template = chat_template

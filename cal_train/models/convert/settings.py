@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from cal_train.models.convert.keys import PROJECTORS
@@ -96,7 +97,7 @@ def read_settings(raw: Mapping[str, Any], where: str) -> Settings:
     select = raw.get("mm_vision_select_feature", "patch")
     if select not in _SELECT:
         raise ValueError(f"{where}: mm_vision_select_feature {select!r} is neither patch nor cls_patch")
-    text_config, unused = _text_config(raw, text_type)
+    text_config, unused = _text_config(raw, text_type, where)
     aspect = raw.get("image_aspect_ratio") or "square"
     return Settings(
         family=family,
@@ -104,7 +105,7 @@ def read_settings(raw: Mapping[str, Any], where: str) -> Settings:
         tower_name=str(raw["mm_vision_tower"]),
         aux_tower_name=raw.get("mm_vision_tower_aux"),
         projector_type=projector_type,
-        layer=int(raw.get("mm_vision_select_layer", -2)),
+        layer=_whole(raw, "mm_vision_select_layer", -2, where),
         select_strategy=_SELECT[select],
         image_aspect_ratio="pad" if aspect == "pad" else "square",
         family_options=_family_options(raw, family, where),
@@ -186,11 +187,10 @@ def _family_options(raw: Mapping[str, Any], family: str, where: str) -> dict[str
     if family == "llava_next":
         return {"image_grid_pinpoints": swapped(_pinpoints(raw.get("image_grid_pinpoints"), where))}
     if family == "mgm":
-        grid = int(raw.get("image_grid") or 1)
         return {
-            "image_grid": grid,
+            "image_grid": _whole(raw, "image_grid", 1, where),
             "image_global": bool(raw.get("image_global", False)),
-            "high_res_size": int(raw.get("image_size_aux", 320)),
+            "high_res_size": _whole(raw, "image_size_aux", 320, where),
             **({} if raw.get("drop_path", True) else {"aux_drop_path": 0.0}),
         }
     return {}
@@ -219,11 +219,24 @@ def _pinpoints(value: Any, where: str) -> list[Any]:
     raise ValueError(f"{where}: image_grid_pinpoints {value!r} is not a list of pairs of pixels")
 
 
-def _text_config(raw: Mapping[str, Any], text_type: str) -> tuple[PreTrainedConfig, tuple[str, ...]]:
+def _whole(raw: Mapping[str, Any], name: str, default: int, where: str) -> int:
+    value = raw.get(name)
+    if value is None:
+        return default
+    if not isinstance(value, int):
+        raise ValueError(f"{where}: {name} {value!r} is not a whole number")
+    return value
+
+
+def _text_config(raw: Mapping[str, Any], text_type: str, where: str) -> tuple[PreTrainedConfig, tuple[str, ...]]:
     config_class: Any = CONFIG_MAPPING[text_type]
     known = {field.name for field in dataclasses.fields(config_class)} | set(config_class.attribute_map) | _TEXT_EXTRAS
     fields = {name: value for name, value in raw.items() if name in known - _NEVER_TEXT}
-    return config_class(**fields), tuple(sorted(raw.keys() - fields.keys() - _NEVER_TEXT))
+    try:
+        config = config_class(**fields)
+    except StrictDataclassError as error:  # what transformers raises on values that do not fit, no ValueError
+        raise ValueError(f"{where} does not describe a language model: {error}") from error
+    return config, tuple(sorted(raw.keys() - fields.keys() - _NEVER_TEXT))
 
 
 def _original_type(repository: str, text_type: str) -> str:

@@ -16,8 +16,14 @@ SENTENCEPIECE = "tokenizer.model"
 _TOKENIZER_FILES = ("tokenizer.json", SENTENCEPIECE, "vocab.json")
 _TEMPLATES = {"llama": "vicuna_v1", "mistral": "mistral", "mixtral": "mistral", "qwen2": "chatml", "gemma": "gemma"}
 """Language model -> the template that the original repositories train it with."""
-_MARKED = ("llama3", "chatml")
+_MARKED = ("llama3", "chatml_direct")
 """Templates of other models of LLaMA's class (Llama-3, Yi), told by the special tokens of the tokenizer."""
+_OF_FAMILY = {
+    ("mgm", "gemma"): "mgm_gemma",
+    ("llava_next", "chatml"): "qwen_1_5",
+    ("llava_next", "llama3"): "llava_llama_3",
+}
+"""Where a repository has a form of its own of a template."""
 
 
 def find_tokenizer(folders: list[Path]) -> tuple[PreTrainedTokenizerBase, Path]:
@@ -34,11 +40,12 @@ def find_tokenizer(folders: list[Path]) -> tuple[PreTrainedTokenizerBase, Path]:
     raise ValueError(f"no tokenizer in {' or '.join(map(str, folders))}: copy its files there")
 
 
-def find_template(tokenizer: PreTrainedTokenizerBase, text_type: str, name: str | None) -> tuple[str, str]:
+def find_template(tokenizer: PreTrainedTokenizerBase, family: str, text_type: str, name: str | None) -> tuple[str, str]:
     """Return the name and the source of the chat template that the checkpoint was trained with.
 
     Args:
         tokenizer: Of the checkpoint.
+        family: ``llava``, ``llava_next`` or ``mgm``.
         text_type: ``model_type`` of the language model.
         name: A template of ours, ``chat`` (the tokenizer's own), or None to decide by language model and tokenizer.
 
@@ -47,7 +54,8 @@ def find_template(tokenizer: PreTrainedTokenizerBase, text_type: str, name: str 
     """
     if name is None:
         marked = [other for other in _MARKED if not missing_marks(other, tokenizer)]
-        name = marked[0] if text_type == "llama" and len(marked) == 1 else _TEMPLATES.get(text_type)
+        common = marked[0] if text_type == "llama" and len(marked) == 1 else _TEMPLATES.get(text_type, "")
+        name = _OF_FAMILY.get((family, common), common)
         if name not in TURN_MARKS:
             raise ValueError(
                 f"which chat template a language model of type {text_type!r} was trained with is not known here: "

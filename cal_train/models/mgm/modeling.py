@@ -74,7 +74,8 @@ class MGMModel(MGMPreTrainedModel):
         vision: Any = config.vision_config
         aux: Any = config.aux_config
         self.vision_tower = AutoModel.from_config(vision)
-        self.vision_tower_aux = AutoModel.from_config(aux)
+        # it has no attention, and refuses every implementation but this if the whole model is asked for one
+        self.vision_tower_aux = AutoModel.from_config(aux, attn_implementation="eager")
         self.vision_tower_aux.layernorm = nn.Identity()  # the norm behind the last stage, which mining does not read
         self.patch_info_mining = PatchInfoMining(vision.hidden_size, sum(aux.hidden_sizes), config.mining_chunk_size)
         self.multi_modal_projector = LlavaMultiModalProjector(config)  # pyright: ignore[reportArgumentType]

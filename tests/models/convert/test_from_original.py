@@ -15,6 +15,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPVisionC
 
 from cal_train.models.convert.run import convert
 from cal_train.models.convert.towers import KNOWN_TOWERS, known_name
+from cal_train.models.convert.vocabulary import find_template
 
 BEFORE, AFTER = [1, 20, 30, 40], [50, 60, 70, 80, 90]
 
@@ -342,17 +343,31 @@ def test_buffers_that_old_versions_saved_are_left_out_and_reported(tiny, tmp_pat
     assert any("spatial_unpad" in reason for _, reason in report.dropped)
 
 
-def test_a_mistral_without_known_template_needs_one_named(tiny, tmp_path):
+def test_a_mistral_gets_its_own_template(tiny, tmp_path):
     original = tiny.make_original(llm="mistral")
     source = tiny.write_original(tmp_path / "source", original)
-    tower = str(tiny.write_tower(tmp_path / "tower", original.tower))
-    from cal_train.data.conversation import TURN_MARKS
+    convert(source, tmp_path / "out", vision_tower=str(tiny.write_tower(tmp_path / "tower", original.tower)))
+    assert json.loads((tmp_path / "out/config.json").read_text())["text_config"]["model_type"] == "mistral"
+    messages = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]
+    processor = AutoProcessor.from_pretrained(tmp_path / "out", backend="pil")
+    assert processor.apply_chat_template(messages) == "<s>[INST] hello [/INST] hi </s>"
 
-    if "mistral" not in TURN_MARKS:
-        with pytest.raises(ValueError, match="--template"):
-            convert(source, tmp_path / "out", vision_tower=tower)
-    convert(source, tmp_path / "named", vision_tower=tower, template="vicuna_v1")
-    assert json.loads((tmp_path / "named/config.json").read_text())["text_config"]["model_type"] == "mistral"
+
+@pytest.mark.parametrize(
+    ("family", "text_type", "marks", "name"),
+    [
+        ("llava_next", "llama", ["<|im_start|>", "<|im_end|>"], "chatml_direct"),  # --version of 1.6-34B and MGM-34B
+        ("mgm", "llama", ["<|im_start|>", "<|im_end|>"], "chatml_direct"),
+        ("llava_next", "llama", ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"], "llava_llama_3"),
+        ("llava_next", "qwen2", ["<|im_start|>", "<|im_end|>"], "qwen_1_5"),
+        ("llava", "gemma", ["<start_of_turn>", "<end_of_turn>"], "gemma"),
+        ("mgm", "gemma", ["<start_of_turn>", "<end_of_turn>"], "mgm_gemma"),  # its "gemma" ends rounds with <eos>
+    ],
+)
+def test_the_template_is_that_of_the_repository_and_the_language_model(tiny, family, text_type, marks, name):
+    tokenizer = tiny.vicuna_like_tokenizer()
+    tokenizer.add_special_tokens({"extra_special_tokens": marks})
+    assert find_template(tokenizer, family, text_type, None)[0] == name
 
 
 @pytest.mark.parametrize(
@@ -400,6 +415,9 @@ def test_a_checkpoint_that_does_not_fit_is_refused_and_nothing_written(tiny, tmp
         ({"image_aspect_ratio": "anyres_max_9", "mm_patch_merge_type": "spatial_unpad"}, "anyres_max_9"),
         ({"mm_vision_select_feature": "cls"}, "cls"),
         ({"quantization_config": {}}, "quantised"),
+        ({"mm_vision_select_layer": "last"}, "config.json: mm_vision_select_layer 'last' is not a whole number"),
+        ({"num_attention_heads": 3}, "(?s)config.json does not describe a language model.*multiple"),
+        ({"num_attention_heads": "x"}, "(?s)config.json does not describe a language model.*num_attention_heads"),
     ],
 )
 def test_a_configuration_without_counterpart_is_refused(tiny, tmp_path, fields, message):
@@ -408,6 +426,22 @@ def test_a_configuration_without_counterpart_is_refused(tiny, tmp_path, fields, 
     (source / "config.json").write_text(json.dumps(tiny.make_original().config | fields))
     with pytest.raises(ValueError, match=message):
         convert(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"mm_vision_select_layer": -9}, "vision_feature_layer -9 does not exist: the tower has 4 hidden states"),
+        ({"image_grid_pinpoints": [[50, 60]]}, r"grid pinpoint \[60, 50\]"),
+    ],
+)
+def test_settings_that_do_not_fit_the_tower_are_refused(tiny, tmp_path, fields, message):
+    original = tiny.make_original(family="llava_next", **fields)
+    source = tiny.write_original(tmp_path / "source", original)
+    tower = str(tiny.write_tower(tmp_path / "tower", original.tower))
+    with pytest.raises(ValueError, match=message):
+        convert(source, tmp_path / "out", vision_tower=tower)
+    assert not (tmp_path / "out").exists()
 
 
 def test_weights_that_share_memory_in_a_file_are_both_kept(tiny, tmp_path):

@@ -222,6 +222,18 @@ def test_save_and_load_gives_equal_logits(tmp_path, text):
     assert loaded.config.image_feature_scale == scale
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@torch.no_grad()
+def test_the_attention_of_the_whole_model_can_be_chosen_though_one_tower_has_none(tmp_path, attention):
+    model = tiny_mgm()
+    text, images = text_with_images(model.config), pixels(model.config)
+    model.save_pretrained(tmp_path)
+    loaded = MGMForConditionalGeneration.from_pretrained(tmp_path, attn_implementation=attention).eval()
+    chosen = [part.config._attn_implementation for part in (loaded.model.language_model, loaded.model.vision_tower)]
+    assert chosen == [attention] * 2
+    torch.testing.assert_close(loaded(**text, **images).logits, model(**text, **images).logits)
+
+
 def loss_and_gradients(model, text, images):
     model.zero_grad()
     loss = model(**text, **images, labels=text["input_ids"].masked_fill(text["input_ids"] == IMAGE, -100)).loss

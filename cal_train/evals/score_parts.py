@@ -1,0 +1,127 @@
+"""A score file in the making: its finished rows, how far it came, and of what it is made.
+
+Next to ``FILE.part`` stands ``FILE.part.json`` with the row to go on from. It is replaced after every batch, so that a
+process killed at any moment loses at most the batch in hand. Next to a finished ``FILE`` stands ``FILE.about.json``,
+which says what was scored with what.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from cal_train.types import Problem
+
+_MODEL_FILES = ("*.safetensors", "config.json", "processor_config.json", "preprocessor_config.json", "chat_template*")
+_TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt")
+
+
+@dataclass
+class Progress:
+    """Rows of the data file that are done, the bytes they take in the ``.part`` file, samples written, rows dropped."""
+
+    rows: int = 0
+    num_bytes: int = 0
+    samples: int = 0
+    dropped: list[Problem] = field(default_factory=list)
+
+
+class ScoreParts:
+    """The files of one score run; ``about`` must be equal for a run to be continued, its ``paths`` aside."""
+
+    def __init__(self, output: str | Path, about: Mapping[str, Any]):
+        self.output = Path(output)
+        self.about = json.loads(json.dumps(about))  # as it will be read back
+        self.part, self.state = Path(f"{output}.part"), Path(f"{output}.part.json")
+
+    def progress(self) -> Progress:
+        """Return how far an earlier run with the same model, data and options came; nothing done if there is none.
+
+        Raises:
+            ValueError: If the earlier run was another one, or its files are damaged.
+        """
+        if not self.state.is_file():
+            return Progress()
+        cure = f"Repeat that run to finish it, or delete {self.state} to start over"
+        try:
+            saved = json.loads(self.state.read_text(encoding="utf-8"))
+            about, counts = saved["about"], saved["progress"]
+            dropped = [Problem(**problem) for problem in counts["dropped"]]
+            progress = Progress(int(counts["rows"]), int(counts["num_bytes"]), int(counts["samples"]), dropped)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{self.state} is damaged ({error!r}). Delete it to start over") from error
+        changed = [key for key in self.about if key != "paths" and about.get(key) != self.about[key]]
+        if changed:
+            what = "; ".join(f"{key} was {about.get(key)!r}, is {self.about[key]!r}" for key in changed)
+            raise ValueError(f"{self.part} is the unfinished output of another run: {what}. {cure}")
+        if not self.part.is_file() or self.part.stat().st_size < progress.num_bytes:
+            raise ValueError(f"{self.part} is shorter than {self.state} says. Delete {self.state} to start over")
+        return progress
+
+    def open(self, progress: Progress) -> IO[bytes]:
+        """Open the ``.part`` file behind its finished rows; what a killed process wrote beyond them is cut off."""
+        self.part.parent.mkdir(parents=True, exist_ok=True)
+        file = self.part.open("r+b" if progress.num_bytes else "wb")
+        file.truncate(progress.num_bytes)
+        file.seek(progress.num_bytes)
+        return file
+
+    def save(self, file: IO[bytes], progress: Progress) -> None:
+        """Note that everything written so far is finished."""
+        file.flush()
+        progress.num_bytes = file.tell()
+        _replace(self.state, {"about": self.about, "progress": asdict(progress)})
+
+    def finish(self) -> None:
+        """Give the complete file its name; first the note beside it, so that a score file is never without."""
+        _replace(Path(f"{self.output}.about.json"), self.about)
+        self.part.replace(self.output)
+        self.state.unlink(missing_ok=True)
+
+
+def read_about(scores: str | Path) -> dict[str, Any]:
+    """Return what ``FILE.about.json`` says of a score file, or an empty dict if there is none.
+
+    Raises:
+        ValueError: If the file is there, but is not the JSON object it should be.
+    """
+    path = Path(f"{scores}.about.json")
+    if not path.is_file():
+        return {}
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}): delete it, or score again") from error
+    if not isinstance(about, dict):
+        raise ValueError(f"{path} is not a JSON object: delete it, or score again")
+    return about
+
+
+def model_digests(folder: str | Path) -> dict[str, str]:
+    """Return SHA-256 digests of a model folder's weights and settings, and of its tokenizer, file names included."""
+    return {
+        "model_sha256": _digest(folder, _MODEL_FILES),
+        "tokenizer_sha256": _digest(folder, _TOKENIZER_FILES),
+    }
+
+
+def file_digest(path: str | Path) -> str:
+    """Return the SHA-256 digest of a file's content."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digest(folder: str | Path, patterns: Iterable[str]) -> str:
+    total = hashlib.sha256()
+    for path in sorted({path for pattern in patterns for path in Path(folder).glob(pattern) if path.is_file()}):
+        total.update(f"{path.name} {file_digest(path)}\n".encode())
+    return total.hexdigest()
+
+
+def _replace(path: Path, value: Any) -> None:
+    temporary = Path(f"{path}.new")
+    temporary.write_text(json.dumps(value, indent=1), encoding="utf-8")
+    os.replace(temporary, path)
