@@ -76,8 +76,8 @@ class ModelArguments:
     quantization: Literal["nf4", "int8"] | None = field(
         default=None,
         metadata={
-            "help": "QLoRA: the language model's linear layers are loaded in 4 or 8 bits, frozen under LoRA. Nothing else "
-            "is quantised: not the towers, the projector, the embeddings or the head."
+            "help": "QLoRA: the language model's linear layers are loaded in 4 or 8 bits, frozen under LoRA. Nothing "
+            "else is quantised: not the towers, the projector, the embeddings or the head."
         },
     )
     bnb_4bit_compute_dtype: Literal["auto", "float32", "bfloat16"] = field(

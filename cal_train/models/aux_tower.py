@@ -7,6 +7,7 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import ConvNextConfig, ConvNextModel
@@ -31,7 +32,7 @@ def load_aux_tower(folder: Path) -> ConvNextModel:
         ValueError: If the folder is neither, lacks weights, or has some that the tower has no place for.
     """
     state = aux_state(folder)
-    tower = ConvNextModel(aux_config(state))
+    tower: Any = ConvNextModel(aux_config(state))
     tower.layernorm = nn.Identity()
     own = tower.state_dict()
     unlike = {name for name in own.keys() & state.keys() if own[name].shape != state[name].shape}
