@@ -192,7 +192,7 @@ class VlmDataset(Dataset):
         def keyed_images() -> Iterator[tuple[int, Path | bytes]]:
             for k in range(len(self.sources)):
                 for images in self._images_of_rows(k):
-                    keys[k].append([size_key(image) for image in images])
+                    keys[k].append([size_key(image, self.limits) for image in images])
                     yield from zip(keys[k][-1], images, strict=True)
 
         if add_sizes(sizes, keyed_images(), self.limits, show_progress) and file is not None:

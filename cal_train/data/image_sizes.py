@@ -21,14 +21,14 @@ Sizes = dict[int, tuple[int, int]]
 """(height, width) in pixels by `size_key`; (0, 0) for an image that cannot be used."""
 
 
-def size_key(image: Path | bytes) -> int:
-    """Return a 64-bit hash that tells an image from others and from its own former states."""
+def size_key(image: Path | bytes, limits: ImageLimits) -> int:
+    """Return a 64-bit hash that tells an image from others, from its own former states and under other limits."""
     if isinstance(image, bytes):
         identity = image
     else:
         stat = image.stat()
         identity = f"{image}:{stat.st_size}:{stat.st_mtime_ns}".encode()
-    return int.from_bytes(hashlib.sha256(identity).digest()[:8], "little")
+    return int.from_bytes(hashlib.sha256(identity + repr(limits).encode()).digest()[:8], "little")
 
 
 def read_sizes(file: Path) -> Sizes:

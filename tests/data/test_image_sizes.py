@@ -76,8 +76,8 @@ def test_sizes_of_bytes_and_files_survive_the_file(tmp_path):
     path.write_bytes(buffer.getvalue())
     images = [path, buffer.getvalue(), b"broken", path]
     sizes = {}
-    assert add_sizes(sizes, [(size_key(image), image) for image in images], DEFAULT_LIMITS, False) == 3
-    assert [sizes[size_key(image)] for image in images] == [(20, 30), (20, 30), (0, 0), (20, 30)]
+    assert add_sizes(sizes, [(size_key(image, DEFAULT_LIMITS), image) for image in images], DEFAULT_LIMITS, False) == 3
+    assert [sizes[size_key(image, DEFAULT_LIMITS)] for image in images] == [(20, 30), (20, 30), (0, 0), (20, 30)]
     write_sizes(tmp_path / "sizes.npz", sizes)
     assert read_sizes(tmp_path / "sizes.npz") == sizes
     assert read_sizes(tmp_path / "none.npz") == {}

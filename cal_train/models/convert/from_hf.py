@@ -140,7 +140,8 @@ def _flat_config(
     ours: Any = config
     tower = tower or known_name(ours.vision_config)
     if tower is None or (config.model_type == "mgm" and aux is None):
-        option = "--vision_tower" if tower is None else "--aux_tower"
+        lacking = ["--vision_tower"] * (tower is None) + ["--aux_tower"] * (config.model_type == "mgm" and aux is None)
+        option = " and ".join(lacking)
         raise ValueError(
             f"{source}: the original layout names its towers instead of describing them: give the folder or hub name "
             f"that config.json shall name with {option}"

@@ -73,7 +73,8 @@ def from_original(
     config = _config(settings, tower, tensors, tokenizer, torch_dtype)
     model = empty_model(config)
     config.architectures = [type(model).__name__]
-    check_state(tensors, weights_of(model), str(source))
+    rules = original_rules(settings.family, settings.projector_type)
+    check_state(tensors, weights_of(model), str(source), rules)
     processor = build_processor(settings.family, config, tower.image_processor, tokenizer, chat_template)
     _write(output, config, tensors, processor, copied, report)
     return report

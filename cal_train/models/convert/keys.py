@@ -186,27 +186,38 @@ def turned(rules: Sequence[Rule]) -> tuple[Rule, ...]:
     return tuple((new, old) for old, new in rules)
 
 
-def check_state(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], where: str) -> None:
+def check_state(
+    tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], where: str, rules: Sequence[Rule] = ()
+) -> None:
     """Refuse tensors that are not exactly those of the model.
 
     Args:
         tensors: By name in memory.
         expected: The model's own state dict, on any device.
         where: The checkpoint, for messages.
+        rules: That gave the tensors their names; messages then also tell what the checkpoint calls them.
 
     Raises:
         ValueError: If a weight is missing, is none of the model's, or has another shape.
     """
     if missing := [name for name in expected if name not in tensors]:
-        raise ValueError(f"{where}: the checkpoint lacks {_list(missing)}. Nothing was written")
+        names = [_with_origin(name, rules) for name in missing]
+        raise ValueError(f"{where}: the checkpoint lacks {_list(names)}. Nothing was written")
     if extra := [name for name in tensors if name not in expected]:
         raise ValueError(f"{where}: the model that config.json describes has no place for {_list(extra)}")
     for name, tensor in tensors.items():
         if tensor.shape != expected[name].shape:
             raise ValueError(
-                f"{where}: {name} has shape {tuple(tensor.shape)}, the configuration says "
+                f"{where}: {_with_origin(name, rules)} has shape {tuple(tensor.shape)}, the configuration says "
                 f"{tuple(expected[name].shape)}: is config.json that of this checkpoint?"
             )
+
+
+def _with_origin(name: str, rules: Sequence[Rule]) -> str:
+    """Return a name in memory behind what the checkpoint calls it, if it has another name there."""
+    rule, rest = _apply(name, turned(rules))
+    original = _filled(rule, name) + rest if rule is not None else name
+    return name if original == name else f"{original} (here {name})"
 
 
 @cache

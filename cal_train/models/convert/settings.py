@@ -102,7 +102,7 @@ def read_settings(raw: Mapping[str, Any], where: str) -> Settings:
     return Settings(
         family=family,
         text_config=text_config,
-        tower_name=str(raw["mm_vision_tower"]),
+        tower_name=str(raw["mm_vision_tower"] or ""),
         aux_tower_name=raw.get("mm_vision_tower_aux"),
         projector_type=projector_type,
         layer=_whole(raw, "mm_vision_select_layer", -2, where),

@@ -70,7 +70,8 @@ def vision_tower(
     known = KNOWN_TOWERS.get(name.rstrip("/").rpartition("/")[2])
     if not has_state or known is None:
         lacks = "what kind of tower it has" if has_state else "the weights of its vision tower"
-        raise ValueError(f"{where} does not hold {lacks} ({name}): name the tower's folder with --vision_tower")
+        named = f"config.json names {name!r}, which is not opened" if name else "config.json names none"
+        raise ValueError(f"{where} does not hold {lacks} ({named}): name the tower's folder with --vision_tower")
     config = CLIPVisionConfig(**known)
     return VisionTower(config, {}, _clip_image_processor(known["image_size"], image_aspect_ratio), str(where))
 

@@ -373,7 +373,10 @@ def test_the_template_is_that_of_the_repository_and_the_language_model(tiny, fam
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("missing", "lacks 1 weight .*linear_2.bias"),
+        (
+            "missing",
+            r"lacks 1 weight .*model\.mm_projector\.2\.bias \(here model\.multi_modal_projector\.linear_2\.bias\)",
+        ),
         ("missing head", "lacks 1 weight .*lm_head"),
         ("missing layer", "lacks 1 weight .*layers.1.mlp.up_proj"),
         ("extra", "no place for 1 weight .*mm_projector.4.weight"),
