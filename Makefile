@@ -53,7 +53,7 @@ help: ## Show this list
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
 	    f"cal_train needs Python 3.11 or newer, this is {sys.version.split()[0]}: make PYTHON=python3.x ...")'
-	@echo "Setting up $(VENV): several minutes and about 7 GB the first time"
+	@echo "Setting up $(VENV): several minutes and about 8 GB the first time"
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet -c constraints.txt $(PACKAGES)
 	@touch $@

@@ -72,10 +72,6 @@ def blank_images(model: LlavaNextForConditionalGeneration) -> dict[str, Tensor]:
     }
 
 
-def blank_features(model: LlavaNextForConditionalGeneration) -> None:
-    """Return nothing: features are not cached in this family, whose images differ in their number of tiles."""
-
-
 def tower_parameters(model: LlavaNextForConditionalGeneration) -> Iterator[nn.Parameter]:
     """Yield the parameters of the vision tower."""
     return model.model.vision_tower.parameters()

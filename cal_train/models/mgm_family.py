@@ -62,10 +62,6 @@ def blank_images(model: MGMForConditionalGeneration) -> dict[str, Tensor]:
     }
 
 
-def blank_features(model: MGMForConditionalGeneration) -> None:
-    """Return nothing: the features of an image are larger than the image, so they are not cached in this family."""
-
-
 def tower_parameters(model: MGMForConditionalGeneration) -> Iterator[nn.Parameter]:
     """Yield the parameters of both vision towers."""
     return chain(model.model.vision_tower.parameters(), model.model.vision_tower_aux.parameters())

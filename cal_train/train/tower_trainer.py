@@ -23,7 +23,7 @@ from cal_train.train.tower_groups import tower_groups
 from cal_train.train.tower_metrics import WindowMeans, batch_metrics, scale_metrics
 from cal_train.train.tower_model import TowerModel, objective_of, whole_step
 from cal_train.train.tower_stream import epoch_loader
-from cal_train.train.trainer_saves import save_checkpoint, save_output
+from cal_train.train.trainer_saves import SafeTrainer
 
 Evaluate = Callable[[TowerModel], Mapping[str, float]]
 """Measures a model in evaluation mode; the same numbers on every rank."""
@@ -32,7 +32,7 @@ STREAM_FILE = "stream.json"
 """Position in the data, beside every checkpoint; the same on all ranks."""
 
 
-class TowerTrainer(Trainer):
+class TowerTrainer(SafeTrainer):
     """Pretrain two towers by an objective.
 
     Args:
@@ -78,7 +78,6 @@ class TowerTrainer(Trainer):
         self.ranks = current_ranks()
         self._last_outputs: dict[str, Any] = {}
         self._reset_window()
-        self.aside: Path | None = None
         self.guard = StepGuard(cast(Trainer, self), args.max_nonfinite_steps)
         self.add_callback(_ClampAndSetEpoch(self))
         self.add_callback(self.guard)
@@ -186,29 +185,6 @@ class TowerTrainer(Trainer):
         self._window_started += time.perf_counter() - started  # pairs_per_second is that of training
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
-
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float | None:
-        self.guard.grad_norm = super()._get_grad_norm(model, grad_norm)
-        return self.guard.grad_norm
-
-    def _run_epoch(self, **arguments: Any) -> None:
-        if self.state.global_step < self.state.max_steps:  # resumed at the very end, it would take one step more
-            super()._run_epoch(**arguments)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save towers and objective, into the run folder by default; older files go once the new ones are written."""
-        if self.aside is not None:  # part of a checkpoint
-            super().save_model(output_dir, _internal_call)
-            return
-        save_output(self, output_dir, functools.partial(super().save_model, _internal_call=True))
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        save_checkpoint(self, functools.partial(super()._save_checkpoint, model, trial))
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return super()._get_output_dir(trial) if self.aside is None else str(self.aside)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if self.args.should_save:

@@ -1,9 +1,7 @@
 """`VlmTrainer`: a Hugging Face Trainer whose loss is the CAL step of `cal_train.train.step`."""
 
-import functools
 import time
 from collections.abc import Callable, Iterator, Sequence, Sized
-from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
@@ -23,7 +21,7 @@ from cal_train.train.checkpoint import load_weights_strictly
 from cal_train.train.metrics import WEIGHT_SUMS, Stopwatch, learning_rates, weight_report, weight_sums
 from cal_train.train.step import StepOptions, attach_step
 from cal_train.train.step_guard import StepGuard
-from cal_train.train.trainer_saves import save_checkpoint, save_output
+from cal_train.train.trainer_saves import SafeTrainer
 from cal_train.types import IGNORE_INDEX, DropCount, Problem
 
 
@@ -35,7 +33,7 @@ class HasEpoch(Protocol):
         ...
 
 
-class VlmTrainer(Trainer):
+class VlmTrainer(SafeTrainer):
     """Train a VLM by next-token prediction, every label token weighted as ``weighting`` says.
 
     Args:
@@ -103,7 +101,6 @@ class VlmTrainer(Trainer):
         self.learning_rates: dict[str, float] = {}
         self.step_options = StepOptions(head, weighting, self._is_sharded(), has_cached_features, self.ablated_clock)
         self._reset_window()
-        self.aside: Path | None = None
         self.guard = StepGuard(cast(Trainer, self), args.max_nonfinite_steps)
         self.add_callback(_SetEpoch(self))
         self.add_callback(self.guard)
@@ -240,29 +237,6 @@ class VlmTrainer(Trainer):
             super()._load_best_model()
         else:  # as in `_load_from_checkpoint`
             load_weights_strictly(self.model, cast(str, self.state.best_model_checkpoint))
-
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float | None:
-        self.guard.grad_norm = super()._get_grad_norm(model, grad_norm)
-        return self.guard.grad_norm
-
-    def _run_epoch(self, **arguments: Any) -> None:
-        if self.state.global_step < self.state.max_steps:  # resumed at the very end, it would take one step more
-            super()._run_epoch(**arguments)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save model and processor, into the run folder by default; older files go once the new ones are written."""
-        if self.aside is not None:  # part of a checkpoint
-            super().save_model(output_dir, _internal_call)
-            return
-        save_output(self, output_dir, functools.partial(super().save_model, _internal_call=True))
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        save_checkpoint(self, functools.partial(super()._save_checkpoint, model, trial))
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return super()._get_output_dir(trial) if self.aside is None else str(self.aside)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)

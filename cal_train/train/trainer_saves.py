@@ -1,14 +1,17 @@
 """How both trainers save: what Hugging Face's Trainer writes, led aside and renamed when it is complete."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 from accelerate import Accelerator
-from transformers import TrainerState, TrainingArguments
+from torch import Tensor, nn
+from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
 from cal_train.train.safe_save import Ranks, rotate, write_checkpoint, write_output
+from cal_train.train.step_guard import StepGuard
 
 
 class SavesAside(Protocol):
@@ -24,6 +27,36 @@ class SavesAside(Protocol):
     state: TrainerState
     is_deepspeed_enabled: bool
     is_fsdp_enabled: bool
+
+
+class SafeTrainer(Trainer):
+    """The Trainer, saving aside and with a guard of its steps; what both of ours build on."""
+
+    aside: Path | None = None
+    guard: StepGuard
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float | None:
+        self.guard.grad_norm = super()._get_grad_norm(model, grad_norm)
+        return self.guard.grad_norm
+
+    def _run_epoch(self, **arguments: Any) -> None:
+        if self.state.global_step < self.state.max_steps:  # resumed at the very end, it would take one step more
+            super()._run_epoch(**arguments)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save what the run trains, into the run folder by default; older files go once the new ones are written."""
+        if self.aside is not None:  # part of a checkpoint
+            super().save_model(output_dir, _internal_call)
+            return
+        save_output(self, output_dir, functools.partial(super().save_model, _internal_call=True))
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        save_checkpoint(self, functools.partial(super()._save_checkpoint, model, trial))
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self.aside is None else str(self.aside)
 
 
 def save_checkpoint(trainer: SavesAside, write: Callable[[], None]) -> None:
