@@ -92,7 +92,13 @@ class ModelArguments:
 class DataArguments:
     """Which rows are trained on, and how they become tokens."""
 
-    data_path: str | None = field(default=None, metadata={"help": "A JSON, JSONL or Parquet file."})
+    data_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "A JSON, JSONL or Parquet file. With streaming also several of them, or webdataset shards: a "
+            "folder, or name-{0000..0099}.tar."
+        },
+    )
     image_folder: str | None = field(
         default=None, metadata={"help": "Image root of data_path. Default: the folder of the data file."}
     )
@@ -100,8 +106,19 @@ class DataArguments:
         default=None,
         metadata={
             "help": "Several sources instead of data_path: [{path, image_root, weight}, ...]. weight 0.5: half "
-            "of the rows, drawn anew each epoch; 2: every row twice."
+            "of the rows, drawn anew each epoch; 2: every row twice. scores: as cal_scores, of one source."
         },
+    )
+    streaming: bool = field(
+        default=False,
+        metadata={
+            "help": "Read the rows in passing, where they are too many to be indexed, or lie in shards. Order and "
+            "position are as exact as without; rows are mixed within shuffle_pool."
+        },
+    )
+    shuffle_pool: int = field(
+        default=1024,
+        metadata={"help": "Only with streaming: rows, with the images that they carry, that a worker holds and mixes."},
     )
     eval_data_path: str | None = field(default=None, metadata={"help": "Rows for the evaluation loss."})
     template: str = field(
@@ -167,6 +184,14 @@ class CalArguments:
             "micro_batch: sum(w CE) / sum(w) of each micro-batch on each rank (reference code)."
         },
     )
+    cal_scores: str | None = field(
+        default=None,
+        metadata={
+            "help": "A file that `cal-train score` wrote of data_path: weights follow from its deltas, and no second "
+            "pass runs. The deltas then are those of the model that scored, in every step. With several sources, name "
+            "them as scores: FILE in data. Read only with cal: true."
+        },
+    )
 
 
 FIXED_ARGUMENTS: dict[str, tuple[object, str]] = {
@@ -214,12 +239,39 @@ class VlmTrainingArguments(TrainingArguments):
             "beginning if there is none."
         },
     )
+    resume_changes: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Options that may differ from those of the checkpoint, as max_steps or data_path. Without it, a "
+            "run that resumes with another schedule, batch, data or model is refused."
+        },
+    )
+    device_peak_tflops: float | None = field(
+        default=None,
+        metadata={
+            "help": "Dense 16-bit TFLOP/s of a device, which the logged mfu is a share of. Default: by the GPU's name; "
+            "no mfu where that is not known. Work counts once and without CAL's extra pass: tflops_per_second of a "
+            "device, of forward and backward, vision tower included, padding and recomputation left out."
+        },
+    )
     max_nonfinite_steps: int = field(
         default=0,
         metadata={
             "help": "Steps with a loss or gradient that is not finite that are skipped and counted, over the whole "
             "run, before it stops with an error. Not under DeepSpeed, which stops at the first."
         },
+    )
+    eval_suite: str | None = field(
+        default=None,
+        metadata={
+            "help": "A suite of benchmarks (eval/suites/NAME.yaml), run by lmms-eval on each checkpoint after it is "
+            "saved, on the main process's device while training waits; logged as eval_suite/TASK/METRIC, kept in "
+            "output_dir/eval. One that fails is reported and counted. For long suites, better `cal-train eval --run "
+            "OUTPUT_DIR --suite FILE --watch` beside the training, on another device."
+        },
+    )
+    eval_suite_limit: int | None = field(
+        default=None, metadata={"help": "Documents of each task of eval_suite. Default: the suite's limit."}
     )
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule (LLaVA: cosine)."})
     ddp_find_unused_parameters: bool | None = field(

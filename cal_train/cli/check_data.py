@@ -1,7 +1,7 @@
 """``cal-train check_data RECIPE_OR_JSON``: would every row train?"""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -10,15 +10,21 @@ from rich.table import Table
 from rich.text import Text
 
 from cal_train.cli.recipe import load_recipe, recipe_processor
-from cal_train.data.check import CheckReport, check_source
-from cal_train.data.dataset import VlmDataset, build_dataset, build_eval_dataset
+from cal_train.data.check import CheckReport, check_files, check_source
+from cal_train.data.dataset import build_dataset, build_eval_dataset
+from cal_train.data.examples import SampleEncoder, build_encoder
 from cal_train.data.images import DEFAULT_LIMITS, ImageLimits
 from cal_train.data.records import Rows
+from cal_train.data.sample_stream import SampleFiles, open_sources
 from cal_train.data.sources import RowSummary, Source, summarize
 
 _MAX_LISTED = 200
 
-Part = tuple[Source, Rows, RowSummary, ImageLimits, VlmDataset | None]
+CheckPart = Callable[[CheckReport, Callable[[int], None]], None]
+"""Checks the rows of one source; tells how many are done."""
+
+Part = tuple[int, CheckPart]
+"""Rows of a source, and how they are checked."""
 
 TAKES_OPTIONS = True
 
@@ -43,9 +49,9 @@ def run(args: argparse.Namespace) -> int:
     parts = recipe_parts(args.path, args.options) if is_recipe else [file_part(args.path, args.image_root)]
     report = CheckReport()
     with Progress(console=Console(stderr=True)) as progress:
-        task = progress.add_task("checking rows", total=sum(len(rows) for _, rows, *_ in parts))
-        for source, rows, summary, limits, dataset in parts:
-            check_source(report, source, rows, summary, limits, dataset, lambda n: progress.advance(task, n))
+        task = progress.add_task("checking rows", total=sum(num_rows for num_rows, _ in parts))
+        for _, check in parts:
+            check(report, lambda n: progress.advance(task, n))
     print_report(report, is_recipe)
     return 1 if report.problems else 0
 
@@ -54,20 +60,36 @@ def recipe_parts(path: str, options: Sequence[str] = ()) -> list[Part]:
     """Return the sources of a recipe's training and evaluation data, to be tokenized by the recipe's own processor."""
     recipe = load_recipe(path, options, will_train=False)
     processor = recipe_processor(recipe)
-    datasets = [build_dataset(recipe.data, processor), build_eval_dataset(recipe.data, processor)]
-    return [
-        (source, rows, summary, dataset.limits, dataset)
-        for dataset in datasets
-        if dataset is not None
-        for source, rows, summary in zip(dataset.sources, dataset.rows, dataset.summaries, strict=True)
-    ]
+    parts = list[Part]()
+    if recipe.data.streaming:
+        encoder = build_encoder(recipe.data, processor)
+        parts += [(len(files), stream_check(files, encoder)) for files in open_sources(recipe.data)]
+    datasets = [] if recipe.data.streaming else [build_dataset(recipe.data, processor)]
+    if (eval_dataset := build_eval_dataset(recipe.data, processor)) is not None:
+        datasets.append(eval_dataset)
+    for dataset in datasets:
+        for source, rows, summary in zip(dataset.sources, dataset.rows, dataset.summaries, strict=True):
+            parts.append((len(rows), file_check(source, rows, summary, dataset.limits, dataset.encoder)))
+    return parts
+
+
+def file_check(
+    source: Source, rows: Rows, summary: RowSummary, limits: ImageLimits, encoder: SampleEncoder | None
+) -> CheckPart:
+    """Return the check of a data file."""
+    return lambda report, on_rows: check_source(report, source, rows, summary, limits, encoder, on_rows)
+
+
+def stream_check(files: SampleFiles, encoder: SampleEncoder) -> CheckPart:
+    """Return the check of a streamed source."""
+    return lambda report, on_rows: check_files(report, files, encoder.limits, encoder, on_rows)
 
 
 def file_part(path: str, image_root: str | None) -> Part:
     """Return a data file on its own; without a model folder, nothing is tokenized."""
     rows = Rows(path)
     source = Source(Path(path), Path(image_root) if image_root else None)
-    return source, rows, summarize(rows), DEFAULT_LIMITS, None
+    return len(rows), file_check(source, rows, summarize(rows), DEFAULT_LIMITS, None)
 
 
 def print_report(report: CheckReport, is_tokenized: bool) -> None:

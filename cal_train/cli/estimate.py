@@ -14,11 +14,15 @@ from cal_train.cli.options import parse_overrides, read_yaml
 from cal_train.cli.recipe import OPTIONS, load_recipe, recipe_processor
 from cal_train.conf import Recipe
 from cal_train.data.dataset import build_dataset
-from cal_train.data.lengths import RowLengths, sample_lengths
+from cal_train.data.examples import build_encoder
+from cal_train.data.lengths import RowLengths, sample_lengths, spread_rows
+from cal_train.data.sample_stream import open_sources, spread_over_files
+from cal_train.data.stream_files import source_files
 from cal_train.models.families import FAMILIES
 from cal_train.models.flops import Work, peak_flops
 from cal_train.train.estimate import ENGINES, Estimate, Setting, estimate
 from cal_train.train.run import weighting_of
+from cal_train.train.stored_scores import score_files
 
 TAKES_OPTIONS = True
 
@@ -108,11 +112,23 @@ def row_lengths(recipe: Recipe, config: PreTrainedConfig, num_rows: int) -> tupl
     """Return lengths of rows, and whether they were measured on the recipe's data or assumed."""
     data = recipe.data
     files = [data.data_path] if data.data_path else [source.get("path", "") for source in data.data or []]
-    has_data = bool(files) and all(Path(file).is_file() for file in files)
+    has_data = bool(files) and all(_is_there(file, data.streaming) for file in files)
     if has_data and (Path(recipe.model.model_name_or_path) / "processor_config.json").is_file():
+        encoder = build_encoder(data, recipe_processor(recipe))
+        if data.streaming:
+            return sample_lengths(spread_over_files(open_sources(data), num_rows), encoder), True
         dataset = build_dataset(data, recipe_processor(recipe))
-        return sample_lengths(dataset, num_rows), True
+        return sample_lengths(spread_rows(dataset, num_rows), encoder), True
     return RowLengths([config.image_seq_length], [_ASSUMED_TEXT], [_ASSUMED_LABELS], [1], 0), False
+
+
+def _is_there(path: str, is_streamed: bool) -> bool:
+    if not is_streamed:
+        return Path(path).is_file()
+    try:
+        return bool(source_files(path))
+    except ValueError:
+        return False
 
 
 def setting_of(recipe: Recipe, engine: str, num_devices: int, uses_bf16: bool, lengths: RowLengths) -> Setting:
@@ -141,7 +157,7 @@ def setting_of(recipe: Recipe, engine: str, num_devices: int, uses_bf16: bool, l
         num_rows=num_rows,
         length=row_total,
         work=work,
-        ablation=None if weighting is None else weighting.ablation,
+        ablation=None if weighting is None or score_files(recipe) else weighting.ablation,
     )
 
 

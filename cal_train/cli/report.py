@@ -6,6 +6,7 @@ from pathlib import Path
 from rich.console import Console
 
 from cal_train.evals.report.build import MAX_THUMBNAILS, DataPlace, gather
+from cal_train.evals.report.maps import MapRequest, add_maps
 from cal_train.evals.report.page import write_page
 from cal_train.evals.report.pictures import write_pictures
 
@@ -21,7 +22,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max_images", type=int, default=MAX_THUMBNAILS, help=f"distinct images on the page (default {MAX_THUMBNAILS})"
     )
-    parser.add_argument("--png", metavar="DIR", help="also write the histogram and the first heat maps as PNG")
+    parser.add_argument(
+        "--maps", type=int, default=0, metavar="N",
+        help="for N samples, half of them the most surprising, show where the models look for each word, and the "
+        "vocabulary's word nearest to each image token; loads the models",
+    )  # fmt: skip
+    parser.add_argument(
+        "--map_layers", metavar="A:B", help="average attention over layers A to B, from 0, both included (default: all)"
+    )
+    parser.add_argument(
+        "--model", action="append", default=[], metavar="DIR",
+        help="model of the maps, once for each score file (default: the folders that were scored)",
+    )  # fmt: skip
+    parser.add_argument("--png", metavar="DIR", help="also write histogram, first heat maps and all maps as PNG")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -35,7 +48,12 @@ def run(arguments: argparse.Namespace) -> int:
     place = None
     if arguments.data:
         place = DataPlace(Path(arguments.data), Path(arguments.image_root) if arguments.image_root else None)
+    layers = _layers(arguments.map_layers)
+    if arguments.maps < 0 or (not arguments.maps and (arguments.model or layers)):
+        raise ValueError(f"--maps {arguments.maps}: give the number of samples; --model and --map_layers belong to it")
     content = gather(arguments.paths, place, arguments.cal_low, arguments.cal_high, arguments.max_images)
+    if arguments.maps:
+        content = add_maps(content, MapRequest(arguments.maps, layers, arguments.model))
     page = write_page(content, arguments.output)
     console = Console(soft_wrap=True)
     for note in content.notes:
@@ -45,3 +63,13 @@ def run(arguments: argparse.Namespace) -> int:
         for picture in write_pictures(content, arguments.png):
             console.print(f"wrote {picture}", highlight=False)
     return 0
+
+
+def _layers(text: str | None) -> range | None:
+    """Return the layers that ``A:B`` names, both ends included."""
+    if text is None:
+        return None
+    first, _, last = text.partition(":")
+    if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
+        raise ValueError(f"--map_layers {text!r}: give two layer numbers as in 8:15, from 0, both included")
+    return range(int(first), int(last) + 1)

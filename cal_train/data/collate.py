@@ -9,11 +9,14 @@ from torch.nn.utils.rnn import pad_sequence
 from cal_train.data.packing import pack_text, packs_of
 from cal_train.types import IGNORE_INDEX, Problem
 
-TEXT_KEYS = ("input_ids", "labels", "num_cut", "sample_id")
-"""What every example holds; the rest is for the vision side."""
+DELTA_BITS = "delta_bits"
+"""Stored deltas of a row's tokens: float32 as its bits in int32, as engines round every float input to their dtype."""
+
+TEXT_KEYS = ("input_ids", "labels", "num_cut", "sample_id", DELTA_BITS)
+"""What is for the text side: what every example holds, and `DELTA_BITS`; the rest is for the vision side."""
 
 DROPPED_ROW_ID = "(dropped)"
-"""Sample id of the stand-in row of a batch whose rows were all dropped."""
+"""Sample id of the stand-in row of a batch whose rows were all dropped, or that has none."""
 
 
 class Collator:
@@ -23,10 +26,10 @@ class Collator:
     ``labels`` (B, S) int64, padded on the right; the vision inputs of the family (``pixel_values`` (I, C, H, W) float32
     and others, concatenated) or ``vision_features`` (I, P, D), in the order of the image placeholders, absent when no
     row has an image; ``sample_ids`` (B strings), ``dropped``, the `Problem` of every bad row, and ``num_truncated``,
-    how many rows lost text to the length limit.
+    how many rows lost text to the length limit. Examples with `DELTA_BITS` give the batch that entry too, (B, S).
 
-    A batch whose rows were all dropped comes out as one row of one pad token without labels, so that every rank still
-    takes its step.
+    A batch whose rows were all dropped, or that has none, comes out as one row of one pad token without labels, so that
+    every rank still takes its step.
 
     With ``pack_tokens``, several samples share a row wherever that makes fewer rows, each of at most so many tokens:
     `cal_train.data.packing.pack_text` says what ``input_ids`` and the others then are and adds ``segment_ids`` and
@@ -68,7 +71,9 @@ class Collator:
         if self.pack_tokens is not None:
             packs = packs_of([len(example["input_ids"]) for example in examples], self.pack_tokens)
             if len(packs) < len(examples):  # else packing has nothing to offer over padded rows
-                return pack_text(examples, packs, self.pad_token_id), [examples[i] for pack in packs for i in pack]
+                extra = [DELTA_BITS] if DELTA_BITS in examples[0] else []
+                in_order = [examples[i] for pack in packs for i in pack]
+                return pack_text(examples, packs, self.pad_token_id, extra), in_order
         input_ids = [example["input_ids"] for example in examples]
         labels = [example["labels"] for example in examples]
         text = {
@@ -76,6 +81,8 @@ class Collator:
             "attention_mask": pad_sequence([torch.ones_like(ids) for ids in input_ids], batch_first=True),
             "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX),
         }
+        if DELTA_BITS in examples[0]:
+            text[DELTA_BITS] = pad_sequence([example[DELTA_BITS] for example in examples], batch_first=True)
         return text, examples
 
     def _stand_in(self) -> dict[str, Any]:

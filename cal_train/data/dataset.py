@@ -1,37 +1,23 @@
 """Rows of one or several sources as a map-style data set of tokenized examples with their images."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
-from PIL import Image
 from torch.utils.data import Dataset
 from transformers import ProcessorMixin
 
 from cal_train.conf import DataArguments
-from cal_train.data.conversation import render, resolve_template
+from cal_train.data.examples import LoadDeltas, LoadFeatures, SampleEncoder
 from cal_train.data.image_sizes import add_sizes, read_sizes, size_key, write_sizes
-from cal_train.data.images import (
-    DEFAULT_LIMITS,
-    ImageLimits,
-    count_image_tokens,
-    image_inputs,
-    is_anyres,
-    open_image,
-)
+from cal_train.data.images import DEFAULT_LIMITS, ImageLimits, count_image_tokens, is_anyres
 from cal_train.data.records import Rows, parse_row
-from cal_train.data.sources import Source, draw_rows, modality_lengths, summarize, training_sources
-from cal_train.data.tokenize import tokenize_conversation
-from cal_train.types import IMAGE_MARK, BadSampleError, Message, Problem, Sample, TokenizedExample
+from cal_train.data.sources import Source, draw_rows, modality_lengths, parsed_rows, summarize, training_sources
+from cal_train.types import BadSampleError, Problem, Sample
 
 logger = logging.getLogger(__name__)
-
-LoadFeatures = Callable[[Path | bytes], torch.Tensor | None]
-"""Cached tower features (P, D) of one image, or None if they are not cached."""
 
 
 class VlmDataset(Dataset):
@@ -74,13 +60,11 @@ class VlmDataset(Dataset):
         for source in sources:
             if source.weight <= 0:
                 raise ValueError(f"source {source.path}: weight {source.weight} is not positive; leave the source out")
-        image_token: str = processor.image_token  # pyright: ignore[reportAttributeAccessIssue]
-        if image_token != IMAGE_MARK:
-            raise ValueError(f"the processor's image token is {image_token!r}; only {IMAGE_MARK!r} is supported")
         self.sources = list(sources)
+        self.encoder = SampleEncoder(processor, template, max_length, image_position, limits, load_features)
         self.processor, self.max_length, self.image_position = processor, max_length, image_position
-        self.template = resolve_template(template, processor)
-        self.limits, self.load_features, self.seed = limits, load_features, seed
+        self.limits, self.seed = limits, seed
+        self.load_deltas: Sequence[LoadDeltas] = ()  # one per source, or none at all
         self.rows = [Rows(source.path) for source in self.sources]
         self.summaries = [summarize(rows) for rows in self.rows]
         self._warn_about_rows()
@@ -130,20 +114,13 @@ class VlmDataset(Dataset):
         return len(self._index)
 
     def __getitem__(self, i: int) -> dict[str, Any] | Problem:
-        """Return one example, or the `Problem` of a bad row.
-
-        Keys: ``input_ids``, ``labels`` (S,) int64; ``num_cut``, the text tokens lost to truncation;
-        ``sample_id``; for rows with images the vision inputs of `cal_train.data.images.image_inputs`, or
-        ``vision_features`` (images, P, D).
-        """
+        """Return one example (see `SampleEncoder.encode`), or the `Problem` of a bad row."""
         try:
             sample = self.load_sample(i)
-            vision, num_image_tokens = self._vision(sample)
-            example = self.tokenize(sample, num_image_tokens)
+            load_deltas = self.load_deltas[self._index[i, 0]] if self.load_deltas else None
+            return self.encoder.encode(sample, load_deltas)
         except BadSampleError as error:
             return error.problem
-        kept = {"input_ids": example.input_ids, "labels": example.labels, "num_cut": example.num_cut}
-        return {**kept, "sample_id": sample.id, **vision}
 
     def load_sample(self, i: int) -> Sample:
         """Return row ``i`` of this epoch with its form checked and its images unopened.
@@ -154,21 +131,6 @@ class VlmDataset(Dataset):
         source, row = (int(number) for number in self._index[i])
         return parse_row(self.rows[source][row], self.sources[source].path, row, self.sources[source].root)
 
-    def tokenize(self, sample: Sample, num_image_tokens: Sequence[int]) -> TokenizedExample:
-        """Return a sample's ids and labels.
-
-        Raises:
-            BadSampleError: If the template refuses its turns, or as `tokenize_conversation`.
-        """
-        tokenizer = self.processor.tokenizer
-        messages = images_to_front(sample.messages) if self.image_position == "front" else sample.messages
-        try:
-            rendered = render(messages, self.template, tokenizer.special_tokens_map)
-        except ValueError as error:
-            raise _bad(sample, str(error), "Correct the turns, or choose another template") from error
-        image_token_id: int = self.processor.image_token_id  # pyright: ignore[reportAttributeAccessIssue]
-        return tokenize_conversation(sample, rendered, tokenizer, image_token_id, num_image_tokens, self.max_length)
-
     def iter_images(self) -> Iterator[Path | bytes]:
         """Yield the images of every row of every source, in order and with repeats; rows of bad form are left out."""
         for k in range(len(self.sources)):
@@ -177,12 +139,8 @@ class VlmDataset(Dataset):
 
     def _images_of_rows(self, k: int) -> Iterator[tuple[Path | bytes, ...]]:
         """Yield the images of each row of source ``k``; none for a row of bad form, which is reported when read."""
-        source, rows = self.sources[k], self.rows[k]
-        for row in range(len(rows)):
-            try:
-                yield parse_row(rows[row], source.path, row, source.root).images
-            except BadSampleError:
-                yield ()
+        for row in parsed_rows(self.sources[k], self.rows[k]):
+            yield () if isinstance(row, Problem) else row.images
 
     def _tokens_from_headers(self, file: Path | None, show_progress: bool) -> list[np.ndarray]:
         """Return the image tokens of each row (rows,) int64, per source."""
@@ -200,18 +158,6 @@ class VlmDataset(Dataset):
         usable = sorted({size for size in sizes.values() if any(size)})
         tokens_of = dict(zip(usable, count_image_tokens(self.processor, usable), strict=True)) | {(0, 0): 0}
         return [np.array([sum(tokens_of[sizes[key]] for key in row) for row in rows], np.int64) for rows in keys]
-
-    def _vision(self, sample: Sample) -> tuple[dict[str, torch.Tensor], list[int]]:
-        """Return the sample's vision inputs and how many placeholders each of its images takes."""
-        if not sample.images:
-            return {}, []
-        if self.load_features is not None:
-            loaded = [self.load_features(image) for image in sample.images]
-            features = [feature for feature in loaded if feature is not None]
-            if len(features) == len(loaded):
-                return {"vision_features": torch.stack(features)}, [len(feature) for feature in features]
-        images = [open_sample_image(sample, k, self.limits) for k in range(len(sample.images))]
-        return image_inputs(self.processor, images)
 
     def _warn_about_rows(self) -> None:
         for source, summary in zip(self.sources, self.summaries, strict=True):
@@ -267,34 +213,3 @@ def _dataset(
         load_features,
         seed,
     )
-
-
-def open_sample_image(sample: Sample, k: int, limits: ImageLimits) -> Image.Image:
-    """Return image ``k`` of a sample as a PIL RGB image.
-
-    Raises:
-        BadSampleError: If it cannot be used; names the file.
-    """
-    image = sample.images[k]
-    try:
-        return open_image(image, limits)
-    except ValueError as error:
-        where = f"image {k} (bytes in the row)" if isinstance(image, bytes) else str(image)
-        raise _bad(sample, f"{where}: {error}", "Replace the image, or remove the row") from error
-
-
-def images_to_front(messages: Sequence[Message]) -> tuple[Message, ...]:
-    """Move the image marks of each turn to its beginning, each followed by a newline, as LLaVA-1.5 was trained."""
-
-    def moved(message: Message) -> Message:
-        count = message.content.count(IMAGE_MARK)
-        if not count:
-            return message
-        text = message.content.replace(IMAGE_MARK, "").strip()
-        return replace(message, content=(f"{IMAGE_MARK}\n" * count + text).strip())
-
-    return tuple(moved(message) for message in messages)
-
-
-def _bad(sample: Sample, problem: str, cure: str) -> BadSampleError:
-    return BadSampleError(Problem(sample.file, sample.row, sample.id, problem, cure))

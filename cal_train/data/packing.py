@@ -72,13 +72,19 @@ def deal_out(lengths: Sequence[int], num_packs: int) -> list[list[int]]:
     return packs
 
 
-def pack_text(examples: Sequence[Mapping[str, Any]], packs: Sequence[Sequence[int]], pad_token_id: int) -> dict:
+def pack_text(
+    examples: Sequence[Mapping[str, Any]],
+    packs: Sequence[Sequence[int]],
+    pad_token_id: int,
+    extra_keys: Sequence[str] = (),
+) -> dict:
     """Return the text side of a packed batch, each entry (R, S) int64, padded on the right.
 
     Args:
         examples: With ``input_ids`` and ``labels``, (length,) each.
         packs: From `packs_of`.
         pad_token_id: Fills ``input_ids``.
+        extra_keys: Further entries of the examples with one integer per token, laid out as they are.
 
     Returns:
         ``input_ids``; ``attention_mask``; ``labels``, without those of first tokens, before which nothing of their
@@ -100,4 +106,5 @@ def pack_text(examples: Sequence[Mapping[str, Any]], packs: Sequence[Sequence[in
         "labels": labels_RS.masked_fill(position_ids_RS == 0, IGNORE_INDEX),
         "segment_ids": segment_ids_RS,
         "position_ids": position_ids_RS,
+        **{key: lay_out([example[key] for example in examples], 0) for key in extra_keys},
     }

@@ -1,7 +1,7 @@
 """Pairs to batches: decode, crop, choose captions, tokenize, pad; what is lost on the way is counted."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain
 
 import numpy as np
@@ -10,30 +10,13 @@ from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
 from cal_train.data.images import DEFAULT_LIMITS, ImageLimits, open_image
-from cal_train.data.pairs import Pair
+from cal_train.data.pair_rows import open_pairs
+from cal_train.data.pairs import Pair, PairSource
+from cal_train.data.stream_loader import RowStream, StreamBatch
+from cal_train.data.stream_plan import Share
 from cal_train.types import BadSampleError, Problem
 
 Transform = Callable[[Image.Image, np.random.Generator], torch.Tensor]
-
-
-@dataclass(frozen=True)
-class PairBatch:
-    """A batch and what it cost.
-
-    Attributes:
-        inputs: ``pixel_values`` (B, 3, H, W) float32; ``input_ids`` and ``attention_mask`` (B, L) int64, padded on the
-            right to the context length; with multiple positives ``image_ids`` (B,) int64.
-        sample_ids: Names of the B rows.
-        dropped: Bad rows that were to be in this batch, or to stand in for one.
-        num_cut: Captions that lost tokens to the context length.
-        num_repeated: Rows that stand in for bad ones and so occur a second time in the epoch.
-    """
-
-    inputs: dict[str, torch.Tensor]
-    sample_ids: list[str]
-    dropped: list[Problem] = field(default_factory=list)
-    num_cut: int = 0
-    num_repeated: int = 0
 
 
 @dataclass(frozen=True)
@@ -85,6 +68,9 @@ class CaptionEncoder:
 class BatchMaker:
     """Turns the rows of a window into batches of a fixed size.
 
+    Their inputs are ``pixel_values`` (B, 3, H, W) float32; ``input_ids`` and ``attention_mask`` (B, L) int64, padded on
+    the right to the context length; with multiple positives ``image_ids`` (B,) int64.
+
     Attributes:
         transform: Image and random numbers to ``pixel_values`` (3, H, W).
         encoder: Of the captions.
@@ -101,7 +87,7 @@ class BatchMaker:
 
     def make(
         self, window: Sequence[Pair | Problem], chosen: Sequence[int], spare: Iterable[int], rng: np.random.Generator
-    ) -> PairBatch:
+    ) -> StreamBatch:
         """Make a batch of the ``chosen`` rows of a window.
 
         A bad row is replaced by the next good one of ``spare``; when these are used up, by a good row of the batch.
@@ -135,7 +121,7 @@ class BatchMaker:
 
     def _collate(
         self, images: list[tuple[Pair, torch.Tensor]], dropped: list[Problem], num_bad: int, rng: np.random.Generator
-    ) -> PairBatch:
+    ) -> StreamBatch:
         pairs = [pair for pair, _ in images for _ in range(self.captions_per_image)]
         captions = [caption for pair, _ in images for caption in self._draw_captions(pair, rng)]
         tokens, num_cut = self.encoder.encode(captions)
@@ -143,8 +129,38 @@ class BatchMaker:
         inputs = {"pixel_values": pixels.repeat_interleave(self.captions_per_image, 0), **tokens}
         if self.with_image_ids:
             inputs["image_ids"] = torch.tensor([pair.image_id for pair in pairs])
-        return PairBatch(inputs, [pair.id for pair in pairs], dropped, num_cut, num_bad * self.captions_per_image)
+        return StreamBatch(inputs, [pair.id for pair in pairs], dropped, num_cut, num_bad * self.captions_per_image)
 
     def _draw_captions(self, pair: Pair, rng: np.random.Generator) -> list[str]:
         order = rng.permutation(len(pair.captions))
         return [pair.captions[order[k % len(order)]] for k in range(self.captions_per_image)]
+
+
+def pair_stream(
+    sources: Sequence[PairSource],
+    maker: BatchMaker,
+    batch_size: int,
+    share: Share = Share(),  # noqa: B008 (frozen)
+    shuffle_pool: int = 4096,
+    seed: int = 0,
+) -> RowStream[Pair]:
+    """Open the sources and return this rank's batches.
+
+    Args:
+        sources: The mixture.
+        maker: Makes the batches.
+        batch_size: Pairs of a batch on one rank.
+        share: Rank and number of ranks.
+        shuffle_pool: Encoded rows that a worker holds and mixes.
+        seed: Of order, crops and captions; equal on all ranks.
+
+    Raises:
+        ValueError: If a source cannot be read or is empty, the batch size does not fit the captions per image, or
+            there are fewer pairs than one batch per rank.
+    """
+    images, rest = divmod(batch_size, maker.captions_per_image)
+    if rest or images < 1:
+        raise ValueError(f"batch size {batch_size} is no multiple of captions_per_image {maker.captions_per_image}")
+    layout = {"batch_size": batch_size, "captions_per_image": maker.captions_per_image}
+    blocks, weights = [open_pairs(source) for source in sources], [source.weight for source in sources]
+    return RowStream(blocks, weights, maker.make, images, share, shuffle_pool, seed, layout)

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from cal_train.data.images import DEFAULT_LIMITS, ImageLimits, open_image
-from cal_train.data.pair_files import open_source
 from cal_train.data.pair_images import EvaluationTransform
+from cal_train.data.pair_rows import open_pairs
 from cal_train.data.pairs import Pair, PairSource
 from cal_train.types import Problem
 
@@ -61,7 +61,7 @@ def read_pair_set(
 
 
 def _rows(source: PairSource, limits: ImageLimits) -> Iterator[Pair | Problem]:
-    blocks = open_source(source)
+    blocks = open_pairs(source)
     yield from blocks.problems
     for block, length in enumerate(blocks.lengths.tolist()):
         for row in blocks.read(block, 0, length):

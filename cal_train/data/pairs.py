@@ -1,8 +1,8 @@
 """An image with its captions: the row of every tower data set, where such rows lie, and the options of reading them.
 
-Rows come from webdataset shards (``.tar``), Parquet, CSV, TSV, JSON and JSONL (`cal_train.data.pair_files`), are dealt
-to ranks and workers (`cal_train.data.pair_plan`), and become batches (`cal_train.data.pair_batches`,
-`cal_train.data.pair_loader`).
+Rows come from webdataset shards (``.tar``), Parquet, CSV, TSV, JSON and JSONL (`cal_train.data.stream_files`,
+`cal_train.data.pair_rows`), are dealt to ranks and workers (`cal_train.data.stream_plan`), and become batches
+(`cal_train.data.pair_batches`, `cal_train.data.stream_loader`).
 """
 
 import hashlib

@@ -9,8 +9,9 @@ from transformers import PreTrainedTokenizerBase
 
 from cal_train.data.check import image_sizes
 from cal_train.data.dataset import VlmDataset
+from cal_train.data.examples import SampleEncoder
 from cal_train.data.images import count_image_tokens
-from cal_train.types import IGNORE_INDEX, BadSampleError, Problem, TokenizedExample
+from cal_train.types import IGNORE_INDEX, BadSampleError, Problem, Sample, TokenizedExample
 
 Kind = Literal["prompt", "supervised", "image"]
 
@@ -54,17 +55,27 @@ class Preview:
 def preview_row(dataset: VlmDataset, i: int) -> Preview:
     """Return row ``i`` of the data set as it will be trained; a bad row comes with its problem."""
     try:
-        sample = dataset.load_sample(i)
-        num_image_tokens = count_image_tokens(dataset.processor, list(image_sizes(sample, dataset.limits)))
-        example = dataset.tokenize(sample, num_image_tokens)
+        return preview_sample(dataset.load_sample(i), dataset.encoder)
     except BadSampleError as error:
-        return Preview(f"row {error.problem.row}, id {error.problem.id}", problem=error.problem)
+        return preview_sample(error.problem, dataset.encoder)
+
+
+def preview_sample(row: Sample | Problem, encoder: SampleEncoder) -> Preview:
+    """Return a row as it will be trained; a bad row comes with its problem."""
+    if isinstance(row, Problem):
+        return Preview(f"row {row.row}, id {row.id}", problem=row)
+    sample = row
+    try:
+        num_image_tokens = count_image_tokens(encoder.processor, list(image_sizes(sample, encoder.limits)))
+        example = encoder.tokenize(sample, num_image_tokens)
+    except BadSampleError as error:
+        return preview_sample(error.problem, encoder)
     num_supervised = int((example.labels != IGNORE_INDEX).sum())
     counts = (
         f"{len(example.input_ids)} tokens: {num_supervised} supervised, {sum(num_image_tokens)} for "
         f"{len(num_image_tokens)} images; {example.num_cut} tokens were cut"
     )
-    segments = token_segments(example, dataset.processor.tokenizer)
+    segments = token_segments(example, encoder.processor.tokenizer)
     return Preview(f"{sample.file}, row {sample.row}, id {sample.id}", counts, tuple(segments))
 
 

@@ -230,6 +230,8 @@ class _RowParser:
 
     def image(self, value: Any) -> Path | bytes:
         """Return the resolved path of an image, or its bytes where the row carries them."""
+        if isinstance(value, bytes):
+            return value
         if isinstance(value, dict):  # the storage of a `datasets` image column
             if isinstance(value.get("bytes"), bytes):
                 return value["bytes"]

@@ -1,10 +1,10 @@
 """The order of an epoch: shuffled, or grouped by kind and length."""
 
-from collections.abc import Iterator
-from typing import Protocol
+from collections.abc import Iterator, Sized
+from typing import Protocol, cast
 
 import numpy as np
-from torch.utils.data import Sampler
+from torch.utils.data import BatchSampler, Sampler
 
 
 class EpochDataset(Protocol):
@@ -38,6 +38,27 @@ class ShuffledSampler(Sampler[int]):
         """Choose the order of an epoch, and the data set's draw for it (accelerate sets only the sampler's)."""
         self.epoch = epoch
         self.dataset.set_epoch(epoch)
+
+
+class RankBatches(Sampler[list[int]]):
+    """The batches of one rank: of each round of batches, one for every rank, its own.
+
+    All ranks have equally many. In the last round of an epoch, whose rows may not suffice for all, the first ranks have
+    theirs, at most one a part of a batch, and the others an empty list: every row comes up once on all ranks together.
+    """
+
+    def __init__(self, sampler: Sampler[int], batch_size: int, rank: int, world_size: int, drop_last: bool = False):
+        """Share out the order of ``sampler``, which must be equal on all ranks; ``drop_last`` leaves that round out."""
+        self.sampler, self.batch_size, self.rank, self.world_size = sampler, batch_size, rank, world_size
+        self.drop_last = drop_last
+
+    def __len__(self) -> int:
+        rounds, rest = divmod(len(cast(Sized, self.sampler)), self.batch_size * self.world_size)
+        return rounds + (rest > 0 and not self.drop_last)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for round_rows in BatchSampler(self.sampler, self.batch_size * self.world_size, self.drop_last):
+            yield round_rows[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]
 
 
 class ModalityLengthSampler(ShuffledSampler):

@@ -1,6 +1,7 @@
 """The mixture: data files with image roots and weights, what one pass over their rows tells, and an epoch's draw."""
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -8,19 +9,20 @@ from typing import Any
 import numpy as np
 
 from cal_train.conf import DataArguments
-from cal_train.data.records import Rows, row_id, starts_with_answer
-from cal_train.types import IMAGE_MARK, BadSampleError
+from cal_train.data.records import Rows, parse_row, row_id, starts_with_answer
+from cal_train.types import IMAGE_MARK, BadSampleError, Problem, Sample
 
-_SOURCE_KEYS = {"path", "image_root", "weight"}
+_SOURCE_KEYS = {"path", "image_root", "weight", "scores"}
 
 
 @dataclass(frozen=True)
 class Source:
-    """One data file with its image root (default: the file's folder) and its weight in the mixture."""
+    """One data file with its image root (default: the file's folder), its weight in the mixture, and its scores."""
 
     path: Path
     image_root: Path | None = None
     weight: float = 1.0
+    scores: Path | None = None
 
     @property
     def root(self) -> Path:
@@ -59,11 +61,22 @@ def training_sources(options: DataArguments) -> list[Source]:
 
 def _source(i: int, entry: Any, image_folder: str | None) -> Source:
     if not isinstance(entry, dict) or not isinstance(entry.get("path"), str) or set(entry) - _SOURCE_KEYS:
-        raise ValueError(f"data[{i}] is {entry!r}: write {{path: FILE, image_root: DIR, weight: 1.0}}")
-    root, weight = entry.get("image_root") or image_folder, entry.get("weight", 1.0)
+        raise ValueError(f"data[{i}] is {entry!r}: write {{path: FILE, image_root: DIR, weight: 1.0, scores: FILE}}")
+    root, weight, scores = entry.get("image_root") or image_folder, entry.get("weight", 1.0), entry.get("scores")
+    if scores is not None and not isinstance(scores, str):
+        raise ValueError(f"data[{i}]: scores {scores!r} is not the path of a score file")
     if isinstance(weight, bool) or not isinstance(weight, int | float):
         raise ValueError(f"data[{i}]: weight {weight!r} is not a number")
-    return Source(Path(entry["path"]), Path(root) if root else None, float(weight))
+    return Source(Path(entry["path"]), Path(root) if root else None, float(weight), Path(scores) if scores else None)
+
+
+def parsed_rows(source: Source, rows: Rows) -> Iterator[Sample | Problem]:
+    """Yield the rows of a data file in order, checked for form; a bad one is its `Problem`."""
+    for row in range(len(rows)):
+        try:
+            yield parse_row(rows[row], source.path, row, source.root)
+        except BadSampleError as error:
+            yield error.problem
 
 
 def draw_rows(num_rows: int, weight: float, rng: np.random.Generator) -> np.ndarray:

@@ -8,11 +8,24 @@ from pathlib import Path
 import numpy as np
 from rich.table import Table
 
-from cal_train.demo.evaluate import Answers
 from cal_train.demo.scenes import QUESTION_TYPES
 from cal_train.evals.paired import paired_interval
 
 ALL = "all"
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a model made of a split of Q questions.
+
+    ``is_right`` and ``is_right_blind`` (Q,) bool: the answer is the reference sentence, with the picture and without;
+    ``types`` and ``scenes`` (Q,) str.
+    """
+
+    types: np.ndarray
+    scenes: np.ndarray
+    is_right: np.ndarray
+    is_right_blind: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -67,11 +80,19 @@ def area_under_curve(score: np.ndarray, is_positive: np.ndarray) -> float:
 
 def table_of(lines: list[Comparison]) -> Table:
     """Return the comparison as a table for the terminal."""
-    table = Table(title="Exact-match accuracy in percent (blind: same model, image removed)")
+    table = Table(title="Exact-match accuracy in percent (blind: the question without its picture)")
     for header in _HEADERS:
         table.add_column(header, justify="left" if header in ("split", "question") else "right")
     for line in lines:
         table.add_row(*_cells(line), end_section=line.type == ALL)
+    return table
+
+
+def detector_table(detectors: Mapping[str, float]) -> Table:
+    """Return delta's AUC as a detector of the words that only the image tells."""
+    table = Table("split, model and question", "AUC", title="delta as a detector of visual tokens (0.5 = chance)")
+    for name, value in detectors.items():
+        table.add_row(name, f"{value:.3f}")
     return table
 
 

@@ -1,115 +1,136 @@
-"""Exact-match accuracy with and without the image, and delta of every answer token, in one pass over a test split.
-
-Greedy decoding writes the reference answer if and only if, behind each of the answer's prefixes, the next token of the
-answer (its end mark included) has the highest logit. So one forward pass over question and answer decides what
-generation would need a pass per token for. *Blind* is the same model with the image tokens deleted and all position
-ids kept, as CAL removes images.
-"""
+"""What ``cal-train eval`` and ``cal-train score`` found about a model of the demo, by split and type of question."""
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch import Tensor
-from torch.utils.data import DataLoader
-from tqdm import tqdm
-from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from cal_train.cal.ablation import remove_images
-from cal_train.data.collate import Collator
-from cal_train.data.dataset import VlmDataset
-from cal_train.data.sources import Source
-from cal_train.models.head import find_head
-from cal_train.train.features import FeatureCache
-from cal_train.train.step import StepOptions, decode, embed, label_tokens
+from cal_train.demo.compare import ALL, Answers, area_under_curve
+from cal_train.demo.scenes import QUESTION_TYPES
+from cal_train.demo.splits import TEST_SPLITS
+from cal_train.evals.lmms.results import read_results
+
+_TASK_OF_SPLIT = {"heldout_scenes": "demo", "heldout_concepts": "demo_concepts", "heldout_style": "demo_style"}
 
 
 @dataclass(frozen=True)
-class Answers:
-    """What a model made of a split. Q questions, N answer tokens (end marks included) of all questions.
+class Deltas:
+    """Delta of the answer tokens (end marks included) of a split, N in all.
 
-    ``is_right`` and ``is_right_blind`` (Q,) bool; ``types`` and ``scenes`` (Q,) str; ``delta`` (N,) target logit with
-    minus without the image; ``is_visual`` (N,) bool: the token belongs to what only the picture tells; ``token_types``
-    (N,) str: the type of the token's question.
+    ``delta`` (N,) target logit with minus without the image; ``is_visual`` (N,) bool: the token belongs to what only
+    the picture tells; ``types`` (N,) str: the type of the token's question.
     """
 
-    types: np.ndarray
-    scenes: np.ndarray
-    is_right: np.ndarray
-    is_right_blind: np.ndarray
     delta: np.ndarray
     is_visual: np.ndarray
-    token_types: np.ndarray
+    types: np.ndarray
 
 
-@torch.no_grad()
-def answer_split(model_folder: Path, data: Path, features: Path | None = None, batch_size: int = 64) -> Answers:
-    """Let a saved model answer the single-question rows of a split.
+def tasks_of(split: str) -> list[str]:
+    """Return the tasks of lmms-eval that ask a split's questions, by type of question."""
+    return [f"{_TASK_OF_SPLIT[split]}_{type_}" for type_ in QUESTION_TYPES]
+
+
+def blind_split(split: str) -> str:
+    """Return the split whose questions are the same ones: without pictures the style of drawing is no difference."""
+    return "heldout_scenes" if split == "heldout_style" else split
+
+
+def read_answers(split: str, data: Path, seen: Path, blind: Path) -> Answers:
+    """Return which answers of a split are the reference sentence, word for word.
 
     Args:
-        model_folder: A trained model in Hugging Face layout; its own chat template is used.
-        data: A test split of `cal_train.demo.splits`, its truth beside it.
-        features: Folder of a feature cache; several questions share a picture.
-        batch_size: Questions per forward pass.
+        split: One of `TEST_SPLITS`.
+        data: Its file, its truth beside it.
+        seen: Results folder of ``cal-train eval``.
+        blind: The same with ``--without_image true``.
+
+    Raises:
+        ValueError: If a folder has no such results, or they are of other questions.
     """
-    model = AutoModelForImageTextToText.from_pretrained(model_folder, dtype=torch.float32).eval().requires_grad_(False)
-    processor = AutoProcessor.from_pretrained(model_folder, backend="pil")
     truth = json.loads(data.with_suffix(".truth.json").read_text(encoding="utf-8"))
-    texts = {row["id"]: row["conversations"][-1]["value"] for row in json.loads(data.read_text(encoding="utf-8"))}
-    dataset = VlmDataset([Source(data, None)], processor, "chat", processor.tokenizer.model_max_length)
-    if features is not None:
-        cache = FeatureCache(features, model, processor)
-        cache.fill(dataset, model.device)
-        dataset.load_features = cache
-    collator = Collator(processor.tokenizer.pad_token_id)
+    rows = json.loads(data.read_text(encoding="utf-8"))
     columns: dict[str, list] = {name: [] for name in Answers.__dataclass_fields__}
-    for batch in tqdm(DataLoader(dataset, batch_size, collate_fn=collator), desc=f"{model_folder.name}: {data.stem}"):
-        if batch["dropped"]:
-            raise ValueError(str(batch["dropped"][0]))
-        seen, blind, delta = exact_matches(model, batch)
-        labels = label_tokens(batch["labels"])
-        for row, row_id in enumerate(batch["sample_ids"]):
-            (turn,) = truth[row_id]
-            ids = labels.ids[labels.rows == row].tolist()
-            columns["is_visual"] += visual_tokens(processor.tokenizer, texts[row_id], turn["spans"], ids)
-            columns["types"].append(turn["type"])
-            columns["token_types"] += [turn["type"]] * len(ids)
-            columns["scenes"].append(turn["scene"])
-        columns["is_right"] += seen.tolist()
-        columns["is_right_blind"] += blind.tolist()
-        columns["delta"] += delta.tolist()
+    found = {"is_right": (seen, split), "is_right_blind": (blind, blind_split(split))}
+    samples = {column: read_results(folder)[1] for column, (folder, _) in found.items()}
+    for type_, *tasks in zip(QUESTION_TYPES, *(tasks_of(of) for _, of in found.values()), strict=True):
+        asked = [row for row in rows if truth[row["id"]][0]["type"] == type_]
+        columns["types"] += [type_] * len(asked)
+        columns["scenes"] += [truth[row["id"]][0]["scene"] for row in asked]
+        for (column, (folder, _)), task in zip(found.items(), tasks, strict=True):
+            answered = samples[column].get(task, [])
+            if [sample["target"] for sample in answered] != [row["conversations"][-1]["value"] for row in asked]:
+                raise ValueError(f"{folder}, task {task}: the answers are to other questions than those of {data}")
+            columns[column] += [sample["answer"].strip() == sample["target"] for sample in answered]
     return Answers(**{name: np.array(column) for name, column in columns.items()})
 
 
-def exact_matches(model: PreTrainedModel, batch: dict) -> tuple[Tensor, Tensor, Tensor]:
-    """Return whether greedy decoding writes each row's answer, with the image and blind, and delta per label token.
+def pooled(runs: Sequence[Answers]) -> Answers:
+    """Return the answers of several seeds as one; a scene's answers of all seeds stay together."""
+    return Answers(**{name: np.concatenate([getattr(run, name) for run in runs]) for name in vars(runs[0])})
+
+
+def write_scored_rows(path: Path, files: Mapping[str, Path], num_scenes: int) -> None:
+    """Write the questions about the first scenes of all held-out splits as one data file.
 
     Args:
-        model: The VLM in eval mode.
-        batch: Of `Collator`; one answer per row.
-
-    Returns:
-        Two bool tensors (B,) and delta (N,) over the label tokens in reading order.
+        path: Data file to write. Its images are relative to the folder of the splits, its ids are ``SPLIT/ID``.
+        files: The splits' files by name, all in one folder.
+        num_scenes: Scenes of each split.
     """
-    labels = label_tokens(batch["labels"])
-    image_mask_BS = batch["input_ids"] == model.config.image_token_id
-    embeds_BSD = embed(model, batch["input_ids"], batch, image_mask_BS, StepOptions(find_head(model)))
-    hidden_BSD = decode(model, embeds_BSD, batch["attention_mask"])
-    text = remove_images(embeds_BSD, batch["attention_mask"], image_mask_BS)
-    blind_BKD = decode(model, text.inputs_embeds, text.attention_mask, text.position_ids)
-    sources_N = labels.positions - 1
-    lm_head = model.lm_head
-    with_NV = lm_head(hidden_BSD[labels.rows, sources_N])
-    without_NV = lm_head(blind_BKD[labels.rows, text.last_kept[labels.rows, sources_N]])
-    matches = []
-    for logits_NV in (with_NV, without_NV):
-        is_wrong_N = (logits_NV.argmax(-1) != labels.ids).long()
-        num_wrong_B = torch.zeros(len(batch["labels"]), dtype=torch.long).index_add_(0, labels.rows, is_wrong_N)
-        matches.append(num_wrong_B == 0)
-    delta_N = (with_NV - without_NV).gather(1, labels.ids[:, None])[:, 0]
-    return matches[0], matches[1], delta_N
+    chosen = []
+    for split in (split for split in TEST_SPLITS if split in files):
+        rows = json.loads(files[split].read_text(encoding="utf-8"))[: num_scenes * len(QUESTION_TYPES)]
+        chosen += [row | {"id": f"{split}/{row['id']}"} for row in rows]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(chosen), encoding="utf-8")
+
+
+def read_deltas(scores: Path, data: Path, files: Mapping[str, Path], model: Path) -> dict[str, Deltas]:
+    """Return the deltas of each split from a score file.
+
+    Args:
+        scores: Of `cal_train.evals.score`.
+        data: Of `write_scored_rows`.
+        files: The splits' files by name, their truth beside them.
+        model: Folder of the scored model, for its tokenizer.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    answers = {row["id"]: row["conversations"][-1]["value"] for row in json.loads(data.read_text(encoding="utf-8"))}
+    truth = {
+        split: json.loads(file.with_suffix(".truth.json").read_text(encoding="utf-8"))
+        for split, file in files.items()
+        if split in TEST_SPLITS
+    }
+    columns: dict[str, tuple[list, list, list]] = {split: ([], [], []) for split in truth}
+    for line in scores.read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        split, _, row_id = record["id"].partition("/")
+        (turn,) = truth[split][row_id]
+        ids = [record["input_ids"][position] for position in record["label_positions"]]
+        delta, is_visual, types = columns[split]
+        delta += record["delta"]
+        is_visual += visual_tokens(tokenizer, answers[record["id"]], turn["spans"], ids)
+        types += [turn["type"]] * len(ids)
+    return {split: Deltas(*map(np.array, found)) for split, found in columns.items()}
+
+
+def detection(runs: Sequence[Deltas]) -> dict[str, float]:
+    """Return delta's AUC as a detector of what only the picture tells, over all answer tokens and by question type.
+
+    Several runs (seeds) count as one.
+    """
+    delta, is_visual, types = (
+        np.concatenate([getattr(run, name) for run in runs]) for name in ("delta", "is_visual", "types")
+    )
+    by_type = {ALL: area_under_curve(delta, is_visual)}
+    for type_ in (type_ for type_ in QUESTION_TYPES if type_ in types):
+        chosen = types == type_
+        by_type[type_] = area_under_curve(delta[chosen], is_visual[chosen])
+    return by_type
 
 
 def visual_tokens(

@@ -1,44 +1,48 @@
 """The demo from package index to result table, as a table of contents.
 
 A 5M-parameter language model and a real pretrained vision tower become a VLM; it is tuned twice from the same start,
-without and with CAL, and both are asked about scenes, concepts and a drawing style that training never showed. Every
-training step is the command that a user would type, run in a process of its own so that its time and memory are known.
+without and with CAL, and both are asked about scenes, concepts and a drawing style that training never showed. Training
+and evaluation are the commands that a user would type, run in processes of their own so that their time and memory are
+known.
 """
 
 import hashlib
 import json
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
 from rich.console import Console
-from rich.table import Table
 
 from cal_train.demo.assets import GGUF_FILE, fetch_assets, fetch_language_model
-from cal_train.demo.compare import ALL, Comparison, area_under_curve, compare, table_of, write_results
-from cal_train.demo.evaluate import Answers, answer_split
+from cal_train.demo.commands import Cost, cost_table, costs_as_markdown, run_verb
+from cal_train.demo.compare import ALL, Comparison, compare, detector_table, table_of, write_results
+from cal_train.demo.eval_tables import tables_of_split
+from cal_train.demo.evaluate import (
+    Answers,
+    Deltas,
+    blind_split,
+    detection,
+    pooled,
+    read_answers,
+    read_deltas,
+    tasks_of,
+    write_scored_rows,
+)
 from cal_train.demo.language_model import TEMPLATE, train_language_model
 from cal_train.demo.splits import TEST_SPLITS, write_splits
-from cal_train.evals.heatmap import ScoredSample, draw_heat_map
+from cal_train.evals.lmms.results import RESULTS
+from cal_train.evals.lmms.scene_tasks import SCENE_TABLES
+from cal_train.evals.report.run_folder import SCORES_NAME
 from cal_train.train.safe_save import complete_checkpoints
 
 IMAGE_SIZE_PX = 56
 NUM_TEST_SCENES = 200
-NUM_HEAT_MAP_ROWS = 5
-
-# A child's peak starts at that of the process that launches it, so a small process stands between.
-_LAUNCHER = """
-import resource, subprocess, sys
-code = subprocess.call(sys.argv[2:])
-print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, file=open(sys.argv[1], "w"))
-sys.exit(code)
-"""
+NUM_SCORED_SCENES = 100
+"""Of each held-out split, whose tokens delta is looked at."""
+EVAL_BATCH_SIZE = 50
+SCORED_ROWS = "scored_rows.json"
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,8 @@ class Plan:
 
     ``language_model_texts`` 0 takes SmolLM2-135M instead of training a small model. ``in_parts``: the demo may be
     stopped at any time; started again it keeps what is finished and goes on from the last checkpoint.
-    ``vision_tower``: folder of a tower to take instead of the demo's own.
+    ``vision_tower``: folder of a tower to take instead of the demo's own. ``suite`` asks about all held-out splits; its
+    tasks look for their tables from the root of the repository that it is in.
     """
 
     name: str
@@ -59,15 +64,7 @@ class Plan:
     seeds: Sequence[int]
     in_parts: bool = False
     vision_tower: Path | None = None
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Wall time (seconds) and peak memory (GiB, resident) of one command."""
-
-    command: str
-    seconds: float
-    peak_memory_gib: float
+    suite: Path = Path("eval/suites/demo_splits.yaml")
 
 
 def demo_plan(recipes: Path) -> Plan:
@@ -97,18 +94,18 @@ def run_demo(plan: Plan, console: Console) -> Path:
     aligned = plan.runs / "pretrain"
     train_stage(plan, ["pretrain.yaml", *paths(composed, aligned)], aligned, console, costs)
 
-    answers: dict[tuple[str, str], list[Answers]] = {}
+    for split in (split for split in TEST_SPLITS if split in files):
+        tables_of_split(files[split], plan.suite.resolve().parents[2] / SCENE_TABLES)
+    write_scored_rows(plan.runs / SCORED_ROWS, files, NUM_SCORED_SCENES)
     for seed in plan.seeds:
         for name, flag in (("baseline", "false"), ("cal", "true")):
             console.rule(f"stage 2: {name}, seed {seed}")
             folder = plan.runs / f"{name}-{seed}"
             options = ["--cal", flag, "--seed", str(seed), *paths(aligned, folder)]
             train_stage(plan, ["finetune.yaml", *options], folder, console, costs)
-            for split in (split for split in TEST_SPLITS if split in files):
-                answers.setdefault((split, name), []).append(
-                    answer_split(folder, files[split], features=plan.cache / "features")
-                )
-    return report(plan, files, answers, costs, console)
+            ask_and_score(plan, folder, files, console, costs)
+        compare_models(plan, seed, console, costs)
+    return report(plan, files, costs, console)
 
 
 def compose_model(plan: Plan, vision_tower: Path, images: Path, console: Console, costs: list[Cost]) -> Path:
@@ -149,7 +146,8 @@ def train_stage(plan: Plan, arguments: Sequence[str], folder: Path, console: Con
         return
     if plan.in_parts and complete_checkpoints(folder):
         resume = ["--resume_from_checkpoint", "latest"]
-    run_verb(["train", str(plan.recipes / arguments[0]), *arguments[1:], *resume], console, costs)
+    command = ["train", str(plan.recipes / arguments[0]), *arguments[1:], *resume]
+    run_verb(command, console, costs, f"train {folder.name}")
     if "latest" in resume:  # its seconds are those of the last part only
         costs[-1] = replace(costs[-1], seconds=float("nan"))
     record.write_text(json.dumps(asdict(costs[-1])))
@@ -160,43 +158,64 @@ def paths(model: Path, output: Path) -> list[str]:
     return ["--model_name_or_path", str(model), "--output_dir", str(output)]
 
 
-def run_verb(arguments: Sequence[str], console: Console, costs: list[Cost]) -> None:
-    """Run ``cal-train VERB ...`` in a process of its own, showing its progress; note time and peak memory.
+def ask_and_score(plan: Plan, model: Path, files: dict[str, Path], console: Console, costs: list[Cost]) -> None:
+    """Ask a model the held-out questions, with and without their pictures, and score the tokens of some answers.
 
-    Raises:
-        ValueError: If the command fails; its own message stands above.
+    Without its picture a scene in another style is the same question, so it is not asked again.
     """
-    console.print(f"[bold]$ cal-train {' '.join(arguments)}[/]", highlight=False)
-    started = time.perf_counter()
-    with tempfile.NamedTemporaryFile("r") as peak:
-        launcher = [sys.executable, "-c", _LAUNCHER, peak.name]
-        code = subprocess.call([*launcher, sys.executable, "-m", "cal_train", *arguments])
-        peak_kib = int(peak.read() or 0)
-    if code:
-        raise ValueError(f"`cal-train {' '.join(arguments)}` failed with exit code {code}")
-    command = (
-        f"{arguments[0]} {Path(arguments[arguments.index('--output_dir') + 1]).name}"
-        if ("--output_dir" in arguments)
-        else arguments[0]
+    splits = [split for split in TEST_SPLITS if split in files]
+    blind_splits = dict.fromkeys(blind_split(split) for split in splits)
+    ways = (
+        (results_folder(plan, model.name), splits, []),
+        (results_folder(plan, model.name, blind=True), blind_splits, ["--without_image", "true"]),
     )
-    costs.append(Cost(command, time.perf_counter() - started, peak_kib / 2**20))
+    for output, asked, options in ways:
+        if plan.in_parts and (output / RESULTS).is_file():
+            console.print(f"{output} is finished: kept")
+            continue
+        command = ["eval", "--model", str(model), "--suite", str(plan.suite), "--output", str(output), *options]
+        command += ["--batch_size", str(EVAL_BATCH_SIZE), "--tasks", *(task for s in asked for task in tasks_of(s))]
+        run_verb(command, console, costs, f"eval {output.name}")
+    scores = model / SCORES_NAME
+    if plan.in_parts and scores.is_file():
+        console.print(f"{scores} is finished: kept")
+        return
+    if not plan.in_parts:  # what a demo left that was stopped while it scored is of another model
+        scores.with_name(f"{SCORES_NAME}.part").unlink(missing_ok=True)
+    command = ["score", "--model", str(model), "--data", str(plan.runs / SCORED_ROWS), "--output", str(scores)]
+    command += ["--image_root", str(files["heldout_scenes"].parent), "--batch_size", str(EVAL_BATCH_SIZE)]
+    run_verb(command, console, costs, f"score {model.name}")
 
 
-def report(
-    plan: Plan,
-    files: dict[str, Path],
-    answers: dict[tuple[str, str], list[Answers]],
-    costs: list[Cost],
-    console: Console,
-) -> Path:
-    """Print and write the comparison, delta as a detector, the costs and a heat map; return the folder."""
+def results_folder(plan: Plan, model: str, blind: bool = False) -> Path:
+    """Return where the results of ``cal-train eval`` on a model go."""
+    return plan.runs / "eval" / (f"{model}-blind" if blind else model)
+
+
+def compare_models(plan: Plan, seed: int, console: Console, costs: list[Cost]) -> None:
+    """Compare the two models of a seed task by task."""
+    pair = [str(results_folder(plan, f"{name}-{seed}")) for name in ("baseline", "cal")]
+    output = results_folder(plan, f"compare-{seed}")
+    run_verb(["eval", "compare", *pair, "--write", str(output)], console, costs, f"eval {output.name}")
+
+
+def report(plan: Plan, files: dict[str, Path], costs: list[Cost], console: Console) -> Path:
+    """Print and write the comparison, delta as a detector, the costs and the page; return the folder."""
     lines: list[Comparison] = []
     detectors: dict[str, float] = {}
+    deltas = {name: [_deltas(plan, files, f"{name}-{seed}") for seed in plan.seeds] for name in ("baseline", "cal")}
     for split in (split for split in TEST_SPLITS if split in files):
-        baseline, cal = pooled(answers[split, "baseline"]), pooled(answers[split, "cal"])
+        baseline, cal = (
+            pooled([_answers(plan, split, files[split], f"{name}-{seed}") for seed in plan.seeds])
+            for name in ("baseline", "cal")
+        )
         lines += compare(split, baseline, cal)
-        for name, pool in (("baseline", baseline), ("CAL", cal)):
-            detectors |= {f"{split}, {name}, {type_}": value for type_, value in detection(pool).items()}
+        for name, found in (("baseline", deltas["baseline"]), ("CAL", deltas["cal"])):
+            detected = detection([of_split[split] for of_split in found])
+            detectors |= {f"{split}, {name}, {type_}": value for type_, value in detected.items()}
+    page = plan.runs / "report.html"
+    pair = [str(plan.runs / f"{name}-{plan.seeds[0]}") for name in ("baseline", "cal")]
+    run_verb(["report", *pair, "--output", str(page), "--png", str(plan.runs / "pictures")], console, costs, "report")
     console.rule("results")
     console.print(table_of(lines))
     console.print(detector_table(detectors))
@@ -205,26 +224,20 @@ def report(
     (plan.runs / "costs.json").write_text(json.dumps([asdict(cost) for cost in costs], indent=2))
     with (plan.runs / "results.md").open("a", encoding="utf-8") as file:
         file.write("\n" + costs_as_markdown(costs))
-    picture = heat_map(plan, files["heldout_scenes"], plan.runs / f"cal-{plan.seeds[0]}")
     for line in verdicts(lines):
         console.print(line)
-    console.print(f"results: {plan.runs / 'results.md'}   heat map: {picture}")
+    console.print(f"results: {plan.runs / 'results.md'}")
+    console.print(f"report: {page} (opens in a browser from disk)")
     console.print(f"next: cal-train preview {plan.recipes / 'finetune.yaml'} --rows 3")
     return plan.runs
 
 
-def detection(answers: Answers) -> dict[str, float]:
-    """Return delta's AUC as a detector of what only the picture tells, over all answer tokens and by question type."""
-    by_type = {ALL: area_under_curve(answers.delta, answers.is_visual)}
-    for type_ in dict.fromkeys(answers.types):
-        chosen = answers.token_types == type_
-        by_type[str(type_)] = area_under_curve(answers.delta[chosen], answers.is_visual[chosen])
-    return by_type
+def _answers(plan: Plan, split: str, data: Path, model: str) -> Answers:
+    return read_answers(split, data, results_folder(plan, model), results_folder(plan, model, blind=True))
 
 
-def pooled(runs: Sequence[Answers]) -> Answers:
-    """Return the answers of several seeds as one; a scene's answers of all seeds stay together."""
-    return Answers(**{name: np.concatenate([getattr(run, name) for run in runs]) for name in vars(runs[0])})
+def _deltas(plan: Plan, files: dict[str, Path], model: str) -> dict[str, Deltas]:
+    return read_deltas(plan.runs / model / SCORES_NAME, plan.runs / SCORED_ROWS, files, plan.runs / model)
 
 
 def verdicts(lines: Sequence[Comparison]) -> list[str]:
@@ -242,50 +255,3 @@ def verdicts(lines: Sequence[Comparison]) -> list[str]:
             f"{100 * line.high:+.1f}], baseline {100 * line.baseline:.1f} %, blind {100 * line.baseline_blind:.1f} %"
         )
     return words
-
-
-def detector_table(detectors: dict[str, float]) -> Table:
-    """Return delta's AUC as a detector of the words that only the image tells."""
-    table = Table("split, model and question", "AUC", title="delta as a detector of visual tokens (0.5 = chance)")
-    for name, value in detectors.items():
-        table.add_row(name, f"{value:.3f}")
-    return table
-
-
-def cost_table(costs: Sequence[Cost]) -> Table:
-    """Return wall time and peak memory of every command."""
-    table = Table("command", "seconds", "peak GiB", title="cost (each command is a process of its own)")
-    for cost in costs:
-        table.add_row(cost.command, _measured(cost.seconds, 0), _measured(cost.peak_memory_gib, 2))
-    return table
-
-
-def costs_as_markdown(costs: Sequence[Cost]) -> str:
-    """Return the cost table as Markdown."""
-    rows = ["| command | seconds | peak GiB |", "| --- | --- | --- |"]
-    rows += [
-        f"| {cost.command} | {_measured(cost.seconds, 0)} | {_measured(cost.peak_memory_gib, 2)} |" for cost in costs
-    ]
-    return "\n".join(rows) + "\n"
-
-
-def _measured(value: float, digits: int) -> str:
-    """Return a number, or nothing where it was not measured (NaN)."""
-    return "" if np.isnan(value) else f"{value:.{digits}f}"
-
-
-def heat_map(plan: Plan, data: Path, model: Path) -> Path:
-    """Score a few held-out questions with the CAL model and draw their tokens coloured by delta."""
-    rows = json.loads(data.read_text(encoding="utf-8"))[:NUM_HEAT_MAP_ROWS]
-    few, scores = plan.runs / "heat_map_rows.json", plan.runs / "scores.jsonl"
-    few.write_text(json.dumps(rows), encoding="utf-8")
-    command = [sys.executable, "-m", "cal_train", "score", "--model", str(model), "--data", str(few)]
-    subprocess.run([*command, "--image_root", str(data.parent), "--output", str(scores)], check=True)
-    samples = []
-    for row, line in zip(rows, scores.read_text(encoding="utf-8").splitlines(), strict=True):
-        record = json.loads(line)
-        question = row["conversations"][0]["value"].split("\n", 1)[1]
-        samples.append(
-            ScoredSample(Image.open(data.parent / row["image"]), question, record["tokens"], record["delta"])
-        )
-    return draw_heat_map(samples, plan.runs / "heat_map.png")

@@ -17,8 +17,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from cal_train.data.pair_set import PairSet, read_pair_set
 from cal_train.data.pairs import PairSource
 from cal_train.demo.assets import fill_once
+from cal_train.demo.commands import Cost, cost_table, run_verb
 from cal_train.demo.cut_tower import cut_tower
-from cal_train.demo.run import Cost, cost_table, run_verb
 from cal_train.demo.tower_assets import fetch_tower_assets
 from cal_train.demo.tower_data import SHOWN_FILE, TEST_SPLITS, write_tower_data
 from cal_train.demo.tower_pictures import draw_masks, draw_word_maps
@@ -63,7 +63,7 @@ def run_tower_demo(plan: TowerPlan, console: Console) -> Path:
         console.rule(method)
         folder = plan.runs / method
         arguments = ["--output_dir", str(folder), "--overwrite_output_dir", "true"]
-        run_verb(["tower", str(plan.recipes / f"{method}.yaml"), *arguments], console, costs)
+        run_verb(["tower", str(plan.recipes / f"{method}.yaml"), *arguments], console, costs, f"tower {method}")
         results.append(measure(method, folder, splits, costs[-1]))
 
     console.rule("results")

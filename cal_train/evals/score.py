@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -17,8 +17,9 @@ from cal_train.cal.strategies import TokenWeighting
 from cal_train.data.collate import Collator
 from cal_train.data.dataset import VlmDataset
 from cal_train.data.processor import load_processor
+from cal_train.data.score_notes import file_digest, model_digest, tokenizer_digest
 from cal_train.data.sources import Source
-from cal_train.evals.score_parts import ScoreParts, file_digest, model_digests
+from cal_train.evals.score_parts import Progress, ScoreParts
 from cal_train.models.head import find_head
 from cal_train.train.step import StepOptions, attach_step, label_tokens
 from cal_train.types import IGNORE_INDEX
@@ -41,9 +42,9 @@ def score_file(
 ) -> int:
     """Score a data file and write one JSON object per sample, in input order.
 
-    Each object has ``id``, ``input_ids`` (image placeholders expanded), ``label_positions`` (indices into
-    ``input_ids``), ``tokens`` (their text) and, aligned with them, ``logit_with``, ``logit_without``, ``delta`` and
-    ``weight``. The model runs in eval mode and float32.
+    Each object has ``id``, ``row`` (of the data file, from 0), ``input_ids`` (image placeholders expanded),
+    ``label_positions`` (indices into ``input_ids``), ``tokens`` (their text) and, aligned with them, ``logit_with``,
+    ``logit_without``, ``delta`` and ``weight``. The model runs in eval mode and float32.
 
     A run that was stopped goes on where it was when it is started again (`cal_train.evals.score_parts`), and ends with
     the same file. ``OUTPUT.about.json`` says what was scored with what.
@@ -75,7 +76,8 @@ def score_file(
     source = Source(Path(data), Path(image_root) if image_root else None)
     dataset = VlmDataset([source], processor, "chat", max_length, image_position)
     about = {
-        **model_digests(model_folder),
+        "model_sha256": model_digest(model_folder),
+        "tokenizer_sha256": tokenizer_digest(processor.tokenizer),  # pyright: ignore[reportAttributeAccessIssue]
         "data_sha256": file_digest(data),
         "weighting": asdict(weighting),
         "batch_size": batch_size,  # the flat scope smooths across the rows of a batch
@@ -89,9 +91,9 @@ def score_file(
         },
     }
     parts = ScoreParts(output, about)
-    num_written = _score_rows(model, dataset, processor.tokenizer, weighting, parts, batch_size, max_bad_samples)
-    parts.finish()
-    return num_written
+    done = _score_rows(model, dataset, processor.tokenizer, weighting, parts, batch_size, max_bad_samples)
+    parts.finish(done)
+    return done.samples
 
 
 def _score_rows(
@@ -102,8 +104,8 @@ def _score_rows(
     parts: ScoreParts,
     batch_size: int,
     max_bad_samples: int,
-) -> int:
-    """Score what is left of the data set into the part file; return the samples in it."""
+) -> Progress:
+    """Score what is left of the data set into the part file; return what was done."""
     done = parts.progress()
     rows = Subset(dataset, range(done.rows, len(dataset)))
     loader = DataLoader(rows, batch_size=batch_size, collate_fn=Collator(tokenizer.pad_token_id))
@@ -116,7 +118,9 @@ def _score_rows(
                 raise ValueError(
                     f"{done.dropped[-1]}\n{len(done.dropped)} bad rows, max_bad_samples is {max_bad_samples}"
                 )
-            for record in records_of(batch, scores, tokenizer):
+            numbers = range(done.rows, min(done.rows + batch_size, len(dataset)))
+            bad = {problem.row for problem in batch["dropped"]}
+            for record in records_of(batch, scores, tokenizer, [row for row in numbers if row not in bad]):
                 file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
                 done.samples += 1
             done.rows = min(done.rows + batch_size, len(dataset))
@@ -125,7 +129,7 @@ def _score_rows(
             progress.update(done.rows - progress.n)
     for problem in done.dropped:
         logger.warning("left out: %s", problem)
-    return done.samples
+    return done
 
 
 @torch.no_grad()
@@ -142,9 +146,12 @@ def score_batches(
 
 
 def records_of(
-    batch: Mapping[str, Any], scores: Mapping[str, torch.Tensor], tokenizer: Any
+    batch: Mapping[str, Any], scores: Mapping[str, torch.Tensor], tokenizer: Any, row_numbers: Sequence[int]
 ) -> Iterator[dict[str, Any]]:
-    """Yield the score record of each sample of a batch; the stand-in row of an all-dropped batch has none."""
+    """Yield the score record of each sample of a batch; the stand-in row of an all-dropped batch has none.
+
+    ``row_numbers`` are the samples' rows in the data file.
+    """
     labels = label_tokens(batch["labels"])
     # Decoded behind a known token: alone, SentencePiece-like tokens lose their leading space.
     lead = tokenizer.encode("a", add_special_tokens=False)[-1:]
@@ -155,6 +162,7 @@ def records_of(
         mine = labels.rows == row
         yield {
             "id": sample_id,
+            "row": row_numbers[row],
             "input_ids": batch["input_ids"][row][batch["attention_mask"][row].bool()].tolist(),
             "label_positions": labels.positions[mine].tolist(),
             "tokens": [tokenizer.decode([*lead, token]).removeprefix(lead_text) for token in labels.ids[mine].tolist()],

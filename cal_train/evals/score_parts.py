@@ -5,18 +5,15 @@ process killed at any moment loses at most the batch in hand. Next to a finished
 which says what was scored with what.
 """
 
-import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from cal_train.data.score_notes import note_path
 from cal_train.types import Problem
-
-_MODEL_FILES = ("*.safetensors", "config.json", "processor_config.json", "preprocessor_config.json", "chat_template*")
-_TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt")
 
 
 @dataclass
@@ -75,50 +72,12 @@ class ScoreParts:
         progress.num_bytes = file.tell()
         _replace(self.state, {"about": self.about, "progress": asdict(progress)})
 
-    def finish(self) -> None:
+    def finish(self, progress: Progress) -> None:
         """Give the complete file its name; first the note beside it, so that a score file is never without."""
-        _replace(Path(f"{self.output}.about.json"), self.about)
+        left_out = [problem.row for problem in progress.dropped]
+        _replace(note_path(self.output), self.about | {"left_out": left_out})
         self.part.replace(self.output)
         self.state.unlink(missing_ok=True)
-
-
-def read_about(scores: str | Path) -> dict[str, Any]:
-    """Return what ``FILE.about.json`` says of a score file, or an empty dict if there is none.
-
-    Raises:
-        ValueError: If the file is there, but is not the JSON object it should be.
-    """
-    path = Path(f"{scores}.about.json")
-    if not path.is_file():
-        return {}
-    try:
-        about = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}): delete it, or score again") from error
-    if not isinstance(about, dict):
-        raise ValueError(f"{path} is not a JSON object: delete it, or score again")
-    return about
-
-
-def model_digests(folder: str | Path) -> dict[str, str]:
-    """Return SHA-256 digests of a model folder's weights and settings, and of its tokenizer, file names included."""
-    return {
-        "model_sha256": _digest(folder, _MODEL_FILES),
-        "tokenizer_sha256": _digest(folder, _TOKENIZER_FILES),
-    }
-
-
-def file_digest(path: str | Path) -> str:
-    """Return the SHA-256 digest of a file's content."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _digest(folder: str | Path, patterns: Iterable[str]) -> str:
-    total = hashlib.sha256()
-    for path in sorted({path for pattern in patterns for path in Path(folder).glob(pattern) if path.is_file()}):
-        total.update(f"{path.name} {file_digest(path)}\n".encode())
-    return total.hexdigest()
 
 
 def _replace(path: Path, value: Any) -> None:

@@ -6,6 +6,7 @@ causal attention counts the pairs at or below the diagonal. The tower is counted
 B rows, S tokens of a row, N label tokens, V vocabulary, D width.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -24,8 +25,8 @@ from cal_train.models.parts import part_of
 class Work:
     """What one device does in one micro-batch or step.
 
-    ``lengths`` are the rows' tokens, images included; ``text_lengths`` those of the rows with an image, images left
-    out; ``num_images`` is how often the vision tower runs (tiles, where a family has them).
+    ``lengths`` are the rows' tokens, images included, of the rows with an image first; ``text_lengths`` are of these
+    rows alone, images left out; ``num_images`` is how often the vision tower runs (tiles, where a family has them).
     """
 
     lengths: Sequence[int]
@@ -35,19 +36,54 @@ class Work:
 
 
 PEAK_FLOPS = {
-    "A100": 312e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "L40S": 362e12,
+    r"A100": 312e12,
+    r"H100 PCIe": 756e12,
+    r"H100 NVL": 835e12,
+    r"H[12]00": 989e12,
+    r"L40S": 362e12,
+    r"RTX 4090$": 165e12,
+    r"V100-PCIE": 112e12,
+    r"V100": 125e12,
 }
-"""Dense bfloat16 operations per second by a word of the device's name; the first that fits. Source: data sheets of
-NVIDIA."""
+"""Dense bfloat16 operations per second (float16 of the V100, which has no bfloat16) by a pattern of the device's name;
+the first that fits. Source: data sheets of NVIDIA, with float32 sums."""
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Return the bfloat16 peak of a GPU by its name, or None if it is not known here: nothing is guessed."""
-    return next((peak for word, peak in PEAK_FLOPS.items() if word in device_name), None)
+    """Return the 16-bit peak of a GPU by its name, or None if it is not known here: nothing is guessed."""
+    return next((peak for pattern, peak in PEAK_FLOPS.items() if re.search(pattern, device_name)), None)
+
+
+@dataclass(frozen=True)
+class FlopRates:
+    """Operations of forward and backward by part: per image, token, pair of attending tokens, or label.
+
+    The decoder's first number is per token, its second per pair; ``ablated`` is one forward of the decoder.
+    """
+
+    vision_tower: float
+    projector: float
+    decoder: tuple[float, float]
+    head: float
+    ablated: tuple[float, float]
+    ablation: Literal["remove", "mask"] | None
+
+    def count(self, work: Work) -> dict[str, float]:
+        """Return the operations of some work: keys as of `model_flops`."""
+        patches = sum(work.lengths[: len(work.text_lengths)]) - sum(work.text_lengths)
+        with_image = work.lengths[: len(work.text_lengths)]
+        ablated = {None: (), "remove": work.text_lengths, "mask": with_image}[self.ablation]
+        return {
+            "vision_tower": work.num_images * self.vision_tower,
+            "projector": patches * self.projector,
+            "language_model": _decode(self.decoder, work.lengths),
+            "head": work.num_labels * self.head,
+            "cal": _decode(self.ablated, ablated),
+        }
+
+
+def _decode(rates: tuple[float, float], lengths: Sequence[int]) -> float:
+    return rates[0] * sum(lengths) + rates[1] * sum(length * (length + 1) / 2 for length in lengths)
 
 
 def model_flops(
@@ -64,31 +100,27 @@ def model_flops(
     Returns:
         ``vision_tower``, ``projector``, ``language_model``, ``head``, and ``cal`` (0 without CAL).
     """
+    return flop_rates(model, vision_flops, ablation).count(work)
+
+
+def flop_rates(model: nn.Module, vision_flops: float, ablation: Literal["remove", "mask"] | None = None) -> FlopRates:
+    """Return what `model_flops` multiplies the work with; arguments as there."""
     vlm = base_model(model)
     trained = {part_of(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
     text: Any = vlm.config.get_text_config()
     linear, adapters, projector = _linear_weights(model)
     learns_all = "language_model" in trained and not adapters
     reaches = bool(trained)  # gradients flow through the decoder to whatever is trained before it
-    backward = reaches + learns_all
-
-    def decoder(lengths: Sequence[int], passes: float, attention_passes: float) -> float:
-        pairs = sum(length * (length + 1) / 2 for length in lengths)
-        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        attention = 4 * text.num_attention_heads * head_dim * pairs * text.num_hidden_layers
-        return 2 * linear * sum(lengths) * passes + attention * attention_passes
-
-    adapter = 2 * adapters * sum(work.lengths)
-    head = 2 * text.vocab_size * text.hidden_size * work.num_labels
-    patches = sum(work.lengths) - _text_tokens(work)
-    ablated = {None: (), "remove": work.text_lengths, "mask": work.lengths}[ablation]
-    return {
-        "vision_tower": work.num_images * vision_flops * (3 if "vision_tower" in trained else 1),
-        "projector": 2 * projector * patches * (3 if "projector" in trained else 1),
-        "language_model": decoder(work.lengths, 1 + backward, 1 + 2 * reaches) + 3 * adapter,
-        "head": head * (1 + reaches + learns_all),
-        "cal": (decoder(ablated, 1, 1) + 2 * adapters * sum(ablated)) if ablated else 0.0,
-    }
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    attention = 4.0 * text.num_attention_heads * head_dim * text.num_hidden_layers
+    return FlopRates(
+        vision_tower=vision_flops * (3 if "vision_tower" in trained else 1),
+        projector=2.0 * projector * (3 if "projector" in trained else 1),
+        decoder=(2.0 * linear * (1 + reaches + learns_all) + 6.0 * adapters, attention * (1 + 2 * reaches)),
+        head=2.0 * text.vocab_size * text.hidden_size * (1 + reaches + learns_all),
+        ablated=(2.0 * (linear + adapters), attention),
+        ablation=ablation,
+    )
 
 
 def count_vision_flops(config: PreTrainedConfig) -> float:
@@ -124,12 +156,6 @@ def _linear_weights(model: nn.Module) -> tuple[int, int, int]:
         elif part == "projector":
             counts[2] += size
     return counts[0], counts[1], counts[2]
-
-
-def _text_tokens(work: Work) -> int:
-    num_text_only = len(work.lengths) - len(work.text_lengths)
-    text_only = sorted(work.lengths)[:num_text_only]  # rows without an image are the short ones
-    return sum(work.text_lengths) + sum(text_only)
 
 
 def meta_model(config: PreTrainedConfig) -> PreTrainedModel:

@@ -30,6 +30,7 @@ from cal_train.objectives.similarity import (
     log_scale_parameter,
     projection,
     required,
+    scalar_parameter,
     unit,
     widened,
 )
@@ -185,7 +186,7 @@ class Llip(nn.Module):
         )
         self.out_proj = nn.Parameter(torch.randn(embed_dim, embed_dim) * embed_dim**-0.5)
         self.log_scale = log_scale_parameter(init_scale)
-        self.logit_bias = nn.Parameter(torch.tensor(initial_bias(bias_init, global_batch_size)))
+        self.logit_bias = scalar_parameter(initial_bias(bias_init, global_batch_size))
 
     def image_features(self, outputs: TowerOutputs) -> Features:
         """Return ``keys`` and ``values`` (B, H, K, E) of the mixture tokens."""

@@ -29,6 +29,7 @@ from cal_train.objectives.similarity import (
     positive_sums,
     projection,
     required,
+    scalar_parameter,
     scaled_cosines,
     tiles,
     unit,
@@ -231,7 +232,7 @@ class SigLip(nn.Module):
         self.image_projection = projection(shape.vision_width, embed_dim)
         self.text_projection = projection(shape.text_width, embed_dim)
         self.log_scale = log_scale_parameter(init_scale)
-        self.logit_bias = nn.Parameter(torch.tensor(initial_bias(bias_init, global_batch_size)))
+        self.logit_bias = scalar_parameter(initial_bias(bias_init, global_batch_size))
 
     def image_features(self, outputs: TowerOutputs) -> Features:
         """Return ``image_embeds`` (B, E)."""

@@ -39,8 +39,8 @@ def scaled_cosines(image_embeds_IE: Tensor, text_embeds_TE: Tensor, scale: Tenso
 
 
 def as_scalar(value: Tensor | float, like: Tensor) -> Tensor:
-    """Return a scale or bias with the dtype and device of ``like``; a parameter stays in the graph."""
-    return torch.as_tensor(value, dtype=like.dtype, device=like.device)
+    """Return a scale or bias, of one element, with the dtype and device of ``like``; a parameter stays in the graph."""
+    return torch.as_tensor(value, dtype=like.dtype, device=like.device).reshape(())
 
 
 def positive_sums(columns_MD: Tensor, row_ids_N: Tensor, column_ids_M: Tensor) -> tuple[Tensor, Tensor]:
@@ -75,15 +75,20 @@ def projection(width: int, embed_dim: int) -> nn.Linear:
     return linear
 
 
+def scalar_parameter(value: float) -> nn.Parameter:
+    """Return a learned number, of shape (1,): FSDP2 cannot split a tensor without dimensions."""
+    return nn.Parameter(torch.tensor([value]))
+
+
 def log_scale_parameter(init_scale: float) -> nn.Parameter:
-    """Return the learned logarithm of a logit scale.
+    """Return the learned logarithm of a logit scale (1,).
 
     Raises:
         ValueError: If the scale lies outside the range that `clamp_log_scale_` keeps.
     """
     if not 1 <= init_scale <= 100:
         raise ValueError(f"init_scale {init_scale} is outside [1, 100], the range the learned scale is kept in")
-    return nn.Parameter(torch.tensor(math.log(init_scale)))
+    return scalar_parameter(math.log(init_scale))
 
 
 @torch.no_grad()

@@ -149,18 +149,23 @@ class TwoTower(nn.Module):
             if name not in self.locked:
                 tower.encoder.activation_checkpointing_enable(**options)
 
-    def save_pretrained(self, folder: Path) -> None:
+    def save_pretrained(self, folder: Path, weights: Mapping[str, Tensor] | None = None) -> None:
         """Write ``vision/`` and ``text/`` in Hugging Face layout, ``tower.json``, and learned tokens if there are any.
 
         Image processor and tokenizer belong into ``vision/`` and ``text/``; whoever has them puts them there.
+
+        Args:
+            folder: Is made if it does not exist.
+            weights: The state dict to write, where the towers' own parameters are split over ranks. Default: theirs.
         """
-        folder = Path(folder)
-        self.vision.encoder.save_pretrained(folder / "vision")
-        self.text.encoder.save_pretrained(folder / "text")
-        if tokens := self._learned_tokens():
-            save_file(
-                {name: value.detach().contiguous() for name, value in tokens.items()}, folder / LEARNED_TOKENS_FILE
-            )
+        folder, weights = Path(folder), self.state_dict() if weights is None else weights
+        for name, encoder in (("vision", self.vision.encoder), ("text", self.text.encoder)):
+            prefix = f"{name}.encoder."
+            own = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+            encoder.save_pretrained(folder / name, state_dict=own)
+        if names := self._learned_tokens():
+            tokens = {name: weights[name].detach().cpu().contiguous() for name in names}
+            save_file(tokens, folder / LEARNED_TOKENS_FILE)
         settings = {
             "num_mixture_tokens": self.vision.num_mixture_tokens,
             "patch_dropout": self.vision.patch_dropout,

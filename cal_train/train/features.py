@@ -22,6 +22,7 @@ from transformers.distributed.fsdp import is_fsdp_enabled
 
 from cal_train.data.dataset import VlmDataset
 from cal_train.data.images import ImageLimits, open_image
+from cal_train.data.workers import loader_context
 from cal_train.models.families import family_of
 
 logger = logging.getLogger(__name__)
@@ -112,7 +113,7 @@ class FeatureCache:
         cast(nn.Module, self.model.eval()).to(device)  # transformers' own `to` is annotated without its arguments
         loader = DataLoader(
             _Pixels(images, self.processor, limits), batch_size=16, num_workers=num_workers,
-            collate_fn=_stack_readable,
+            collate_fn=_stack_readable, multiprocessing_context=loader_context(num_workers),
         )  # fmt: skip
         keys: list[str] = []
         parts: list[Tensor] = []

@@ -92,8 +92,7 @@ def grad_cache_step(
     """
     with torch.no_grad():
         chunks = [first_pass(run, part) for part in split_batch(batch, chunk_size)]
-    with no_sync():
-        loss, parts = run(loss_of_chunks, chunks, ranks)
+    loss, parts = model(loss_of_chunks, chunks, ranks)  # the bare model: no engine looks at this backward pass
     of_objective = [p for p in model.objective.parameters() if p.requires_grad]
     cached = gradients(loss * scale, [*leaves(chunks), *of_objective])
     own = [(p, cached[id(p)]) for p in of_objective if id(p) in cached]

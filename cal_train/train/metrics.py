@@ -1,12 +1,15 @@
 """What the log shows besides the loss: sums are kept per rank, reduced once per log line, divided at the end."""
 
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from cal_train.cal.strategies import TokenWeighting
+from cal_train.train.flop_count import FlopCount
 
 
 @dataclass
@@ -84,3 +87,83 @@ def learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
     """Return the learning rate of each part by its name in the log; groups are named ``PART/...``."""
     groups = [group for group in optimizer.param_groups if "name" in group]
     return {f"learning_rate/{group['name'].split('/')[0]}": group["lr"] for group in groups}
+
+
+class LogWindow:
+    """What one rank has done since the last log line.
+
+    Args:
+        device: Where sums are kept, so that nothing waits for the device until a line is written.
+        weighting: None for plain training.
+        ablated_clock: Runs during CAL's extra pass.
+
+    Attributes:
+        flops: Counts operations, once there is one.
+    """
+
+    def __init__(self, device: torch.device, weighting: TokenWeighting | None, ablated_clock: Stopwatch):
+        self.device = device
+        self.weighting = weighting
+        self.ablated_clock = ablated_clock
+        self.flops: FlopCount | None = None
+        self.start(0)
+
+    def start(self, global_step: int) -> None:
+        """Forget everything and start the clock, before optimizer step ``global_step + 1``."""
+        self._num_tokens = torch.zeros((), dtype=torch.long, device=self.device)
+        self._num_positions = 0
+        self._weight_sums = torch.zeros(len(WEIGHT_SUMS), device=self.device)
+        self.data_wait_seconds = 0.0
+        if self.flops is not None:
+            self.flops.reset()
+        self._started, self._first_step = time.perf_counter(), global_step
+
+    def add(self, inputs: Mapping[str, Any], outputs: Mapping[str, Tensor]) -> None:
+        """Count a micro-batch whose loss is finite."""
+        self._num_tokens += inputs["attention_mask"].sum()
+        self._num_positions += inputs["attention_mask"].numel()
+        if self.flops is not None:
+            self.flops.add(inputs)
+        if self.weighting is not None and "delta" in outputs:
+            self._weight_sums += weight_sums(self.weighting, outputs["delta"], outputs["weight"])
+
+    def report(
+        self, global_step: int, counts: Mapping[str, float], sum_over_ranks: Callable[[Tensor], Tensor]
+    ) -> dict[str, float]:
+        """Return the numbers of a log line and start the next window; every rank must call it.
+
+        Args:
+            global_step: Optimizer steps so far.
+            counts: Of this rank and the whole run; their sums over ranks are logged beside the rest.
+            sum_over_ranks: Adds up a tensor over ranks.
+        """
+        seconds = time.perf_counter() - self._started
+        own = torch.tensor([float(self._num_tokens), self._num_positions, *counts.values()], device=self.device)
+        num_tokens, num_positions, *sums = sum_over_ranks(own).tolist()
+        report = {
+            "tokens_per_second": num_tokens / seconds,
+            "padding_share": 1 - num_tokens / max(num_positions, 1),
+            "data_wait_share": self.data_wait_seconds / seconds,
+            **dict(zip(counts, sums, strict=True)),
+            **self._throughput(seconds, sum_over_ranks),
+        }
+        if self.weighting is not None and self.weighting.ablation is not None:
+            num_steps = max(global_step - self._first_step, 1)
+            report |= weight_report(sum_over_ranks(self._weight_sums), num_steps)
+            report["cal/overhead"] = self.ablated_clock.read_and_reset() / seconds
+        self.start(global_step)
+        return report
+
+    def _throughput(self, seconds: float, sum_over_ranks: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """Return the useful operations per second of a device, the mean over ranks, and their share of its peak."""
+        if self.flops is None:
+            return {}
+        own = torch.tensor([self.flops.useful, self.flops.ablated, 1.0], device=self.device)
+        useful, ablated, num_ranks = sum_over_ranks(own).tolist()
+        per_second = useful / seconds / num_ranks
+        report = {"tflops_per_second": per_second / 1e12}
+        if self.flops.peak is not None:
+            report["mfu"] = per_second / self.flops.peak
+        if ablated:
+            report["cal/flops_share"] = ablated / useful
+        return report

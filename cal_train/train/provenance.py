@@ -6,8 +6,10 @@ import platform
 import subprocess
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
+import yaml
 
 import cal_train
 
@@ -49,6 +51,18 @@ def environment() -> dict[str, str | int | float | dict]:
         }
         or "none",
     }
+
+
+RECORDS = ("recipe.yaml", "environment.json")
+"""Files that say what a run was made with: its options, and all else. In the run folder and in each checkpoint."""
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """Return what both files of a run folder or checkpoint say; empty if one is missing."""
+    recipe, facts = (folder / name for name in RECORDS)
+    if not (recipe.is_file() and facts.is_file()):
+        return {}
+    return yaml.safe_load(recipe.read_text(encoding="utf-8")) | json.loads(facts.read_text(encoding="utf-8"))
 
 
 def git_commit() -> str:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,7 +13,6 @@ from transformers import (
     AutoModelForImageTextToText,
     PreTrainedConfig,
     PreTrainedModel,
-    ProcessorMixin,
     set_seed,
 )
 from transformers.utils.import_utils import is_flash_attn_2_available
@@ -23,7 +22,6 @@ from cal_train.conf import CalArguments, ModelArguments, Recipe, VlmTrainingArgu
 from cal_train.data.collate import Collator
 from cal_train.data.dataset import VlmDataset, build_dataset, build_eval_dataset
 from cal_train.data.processor import load_processor
-from cal_train.data.sampling import ModalityLengthSampler, ShuffledSampler
 from cal_train.data.sources import training_sources
 from cal_train.models.anyres import check_grids
 from cal_train.models.families import FAMILIES
@@ -34,17 +32,20 @@ from cal_train.models.quantize import check_quantized, keep_layout, quantization
 from cal_train.models.shards import check_shards
 from cal_train.models.tower import require_hidden_state
 from cal_train.models.vocabulary import stop_token_ids
-from cal_train.train.attention import check_packing
 from cal_train.train.engines import NOTHING_ASKED, Asked, check_engine, check_ranks, keep_layer_names, keep_names
-from cal_train.train.features import FeatureCache
+from cal_train.train.resume_check import check_same_run, facts_to_compare
+from cal_train.train.run_data import build_sampler, cache_features, pack_tokens, rows_per_step
 from cal_train.train.run_folder import (
     checkpoint_to_resume,
     data_seed,
     output_folder,
+    resolved,
     set_up_logging,
     train_until_stopped,
     write_record,
 )
+from cal_train.train.stored_scores import read_deltas
+from cal_train.train.suite_evaluation import EvaluateCheckpoint, SuiteEvaluation
 from cal_train.train.trainer import VlmTrainer
 
 logger = logging.getLogger(__name__)
@@ -53,16 +54,20 @@ SAMPLING_OPTIONS = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_
 """Generation options that only sampling reads."""
 
 
-def train(recipe: Recipe, asked: Asked = NOTHING_ASKED) -> Path:
+def train(recipe: Recipe, asked: Asked = NOTHING_ASKED, evaluate_checkpoint: EvaluateCheckpoint | None = None) -> Path:
     """Run a recipe and return the folder with the trained model, in plain Hugging Face layout.
 
     Args:
         recipe: All options.
         asked: Engine and ranks that the launcher asks for; a run with others is refused.
+        evaluate_checkpoint: What is done with each checkpoint by ``eval_suite``.
     """
     set_up_logging(recipe.training)
     check_ranks(asked, recipe.training)
     resume = checkpoint_to_resume(recipe.training)
+    facts = facts_to_compare(recipe.training, recipe.data)
+    if resume is not None:
+        check_same_run(resume, resolved(recipe.training, option_groups(recipe)) | facts, recipe.training)
     weighting = weighting_of(recipe.cal)
     set_seed(recipe.training.seed)
     if not torch.cuda.is_available():
@@ -80,7 +85,8 @@ def train(recipe: Recipe, asked: Asked = NOTHING_ASKED) -> Path:
     dataset = build_dataset(recipe.data, processor, data_seed(recipe.training))
     eval_dataset = build_eval_dataset(recipe.data, processor)
     features = cache_features(recipe, model, processor, [dataset, *([eval_dataset] if eval_dataset else [])])
-    write_provenance(recipe, weighting)
+    has_stored_deltas = read_deltas(recipe, weighting, dataset)
+    write_provenance(recipe, weighting, facts)
 
     trainer = VlmTrainer(
         model=trainable,
@@ -95,7 +101,10 @@ def train(recipe: Recipe, asked: Asked = NOTHING_ASKED) -> Path:
         vision_tower_lr=recipe.model.vision_tower_lr,
         max_bad_samples=recipe.data.max_bad_samples,
         has_cached_features=features is not None,
+        has_stored_deltas=has_stored_deltas,
     )
+    if evaluate_checkpoint is not None:
+        trainer.add_callback(SuiteEvaluation(trainer, evaluate_checkpoint))
     check_engine(asked, trainer)
     announce(recipe, weighting, dataset, counts)
     train_until_stopped(trainer, resume)
@@ -240,61 +249,15 @@ def wrap_lora(model: PreTrainedModel, model_args: ModelArguments) -> nn.Module:
     )
 
 
-def cache_features(
-    recipe: Recipe, model: PreTrainedModel, processor: ProcessorMixin, datasets: Sequence[VlmDataset]
-) -> FeatureCache | None:
-    """Fill the feature cache for every image of the run, if the recipe asks for it, and let the data sets read it."""
-    if recipe.data.vision_feature_cache is None:
-        return None
-    args = recipe.training
-    cache = FeatureCache(Path(recipe.data.vision_feature_cache), model, processor)
-    for dataset in datasets:
-        cache.fill(
-            dataset,
-            args.device,
-            args.dataloader_num_workers,
-            args.process_index,
-            args.world_size,
-            show_progress=not args.disable_tqdm,
-        )
-        dataset.load_features = cache
-    return cache
+def option_groups(recipe: Recipe) -> list[Any]:
+    """Return the dataclasses of a recipe besides Hugging Face's."""
+    return [recipe.model, recipe.data, recipe.cal]
 
 
-def build_sampler(recipe: Recipe, dataset: VlmDataset) -> ShuffledSampler:
-    """Return the order of rows, a function of (seed, epoch)."""
-    args = recipe.training
-    if not recipe.data.group_by_modality_length:
-        return ShuffledSampler(dataset, data_seed(args))
-    with args.main_process_first(local=False, desc="image sizes"):  # the others find the file
-        dataset.measure(output_folder(args) / "image_sizes.npz", show_progress=not args.disable_tqdm)
-    return ModalityLengthSampler(dataset, rows_per_step(args), data_seed(args))
-
-
-def pack_tokens(recipe: Recipe, model: PreTrainedModel, weighting: TokenWeighting | None) -> int | None:
-    """Return the most tokens of a packed row, or None if rows are padded.
-
-    Raises:
-        ValueError: If an option of packing stands alone, or as `check_packing`.
-    """
-    data = recipe.data
-    if not data.packing:
-        if data.pack_tokens is not None:
-            raise ValueError("pack_tokens is for packed rows: add packing: true, or leave it out")
-        return None
-    check_packing(model.config.get_text_config(), weighting, data.model_max_length)
-    return data.model_max_length if data.pack_tokens is None else data.pack_tokens
-
-
-def rows_per_step(args: VlmTrainingArguments) -> int:
-    """Return the rows of one optimizer step over all ranks."""
-    return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-
-
-def write_provenance(recipe: Recipe, weighting: TokenWeighting | None) -> None:
-    """Write the resolved recipe, versions, commit, seed and weighting into the run folder, before step 1."""
-    facts = {"token_weighting": None if weighting is None else dataclasses.asdict(weighting)}
-    write_record(recipe.training, [recipe.model, recipe.data, recipe.cal], facts)
+def write_provenance(recipe: Recipe, weighting: TokenWeighting | None, facts: Mapping[str, Any]) -> None:
+    """Write the resolved recipe, versions, commit, seed, weighting and facts into the run folder, before step 1."""
+    weights = {"token_weighting": None if weighting is None else dataclasses.asdict(weighting)}
+    write_record(recipe.training, option_groups(recipe), {**weights, **facts})
 
 
 def announce(recipe: Recipe, weighting: TokenWeighting | None, dataset: VlmDataset, counts: list[PartCount]) -> None:

@@ -122,10 +122,14 @@ def write_record(args: TrainingArguments, groups: Sequence[Any], facts: Mapping[
         return
     folder = output_folder(args)
     folder.mkdir(parents=True, exist_ok=True)
-    resolved: dict[str, Any] = {}
-    for group in groups:
-        resolved |= dataclasses.asdict(group)
-    resolved |= args.to_dict()
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(resolved, default=str)), sort_keys=True))
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(resolved(args, groups), sort_keys=True))
     record = environment() | {"seed": args.seed, "world_size": args.world_size, **facts}
     (folder / "environment.json").write_text(json.dumps(record, indent=2))
+
+
+def resolved(args: TrainingArguments, groups: Sequence[Any]) -> dict[str, Any]:
+    """Return every option with its value, as plain values that JSON holds."""
+    values: dict[str, Any] = {}
+    for group in groups:
+        values |= dataclasses.asdict(group)
+    return json.loads(json.dumps(values | args.to_dict(), default=str))

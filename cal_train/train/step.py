@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from cal_train.cal.ablation import mask_images, remove_images
 from cal_train.cal.strategies import TokenWeighting, normalize, token_weights
+from cal_train.data.collate import DELTA_BITS
 from cal_train.models.families import family_of
 from cal_train.models.head import Head, open_head, output_head
 from cal_train.train.attention import check_packing, decode_packed
@@ -43,6 +44,8 @@ class StepOptions:
     """Batches bring the features of the tower, which itself never runs."""
     ablated_clock: Stopwatch | None = None
     """Measures the pass without images."""
+    has_stored_deltas: bool = False
+    """Batches bring the deltas of their labels, so that no pass without images runs."""
 
 
 def attach_step(model: PreTrainedModel) -> None:
@@ -62,13 +65,14 @@ def run_step(model: PreTrainedModel, batch: Batch, options: StepOptions) -> dict
     Args:
         model: The VLM itself (this runs inside its forward).
         batch: ``input_ids``, ``attention_mask``, ``labels`` (B, S), of packed rows ``segment_ids`` and
-            ``position_ids`` (B, S), and the family's vision inputs or ``vision_features``.
+            ``position_ids`` (B, S), stored deltas if there are any (`cal_train.data.collate.DELTA_BITS`), and the
+            family's vision inputs or ``vision_features``.
         options: Head, weighting and what the engine asks for.
 
     Returns:
         ``loss_sum`` (sum of w * CE, with gradient) and ``weight_sum`` after normalisation. With an ablated pass also
         ``logit_with``, ``logit_without``, ``delta`` and ``weight`` (before normalisation), each (N,) over label tokens,
-        sample by sample.
+        sample by sample; with stored deltas the last two.
     """
     layout = layout_of(batch)
     labels = label_tokens(batch["labels"], layout)
@@ -79,7 +83,8 @@ def run_step(model: PreTrainedModel, batch: Batch, options: StepOptions) -> dict
     embeds_BSD = embed(model, batch["input_ids"], batch, image_mask_BS, options)
 
     weighting = options.weighting
-    contrasting = weighting if weighting is not None and weighting.ablation is not None else None
+    stored = stored_contrast(weighting, batch, grid, labels) if options.has_stored_deltas and weighting else None
+    contrasting = weighting if weighting is not None and weighting.ablation is not None and stored is None else None
     if contrasting is not None:
         scored = labels if contrasting.scope == "labels" else every_position(batch["labels"], layout)
         with options.ablated_clock or contextlib.nullcontext():
@@ -95,7 +100,9 @@ def run_step(model: PreTrainedModel, batch: Batch, options: StepOptions) -> dict
 
     def weigh_and_lose(label_hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> dict[str, Tensor]:
         weight_N, report = torch.ones(len(labels.ids), device=label_hidden_ND.device), {}
-        if contrasting is not None:
+        if stored is not None:
+            weight_N, report = stored["weight"], stored
+        elif contrasting is not None:
             score_hidden_ND = score_hidden_BSD[scored.rows, scored.positions - 1]
             with_N = options.head.target_logits(score_hidden_ND, weight_VD, bias_V, scored.ids)
             no_image_N = torch.where(is_ablated_N, without_N, with_N)
@@ -133,6 +140,28 @@ def contrast(
         "delta": delta_PT[label_mask_PT],
         "weight": token_weights(weighting, delta_PT, label_mask_PT),
     }
+
+
+@torch.no_grad()
+def stored_contrast(
+    weighting: TokenWeighting, batch: Batch, grid: tuple[int, int], labels: Targets
+) -> dict[str, Tensor]:
+    """Return ``delta`` and ``weight`` (N,) of the label tokens from the deltas that a batch brings.
+
+    Raises:
+        ValueError: If a batch with labels brings none (one whose rows were all dropped has neither).
+    """
+    bits_BS = batch.get(DELTA_BITS)
+    if bits_BS is None and len(labels.ids):
+        raise ValueError("the batch has labels but no stored deltas: its data set reads none")
+    delta_N = torch.zeros(0, device=labels.ids.device)
+    if bits_BS is not None:
+        delta_N = bits_BS.view(torch.float32)[labels.rows, labels.positions]
+    delta_PT = torch.zeros(grid[0], grid[1] - 1, device=labels.ids.device)
+    label_mask_PT = torch.zeros_like(delta_PT, dtype=torch.bool)
+    delta_PT[labels.samples, labels.places - 1] = delta_N
+    label_mask_PT[labels.samples, labels.places - 1] = True
+    return {"delta": delta_N, "weight": token_weights(weighting, delta_PT, label_mask_PT)}
 
 
 def embed(

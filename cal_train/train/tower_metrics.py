@@ -3,7 +3,7 @@
 B pairs of one rank.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -70,10 +70,11 @@ def pair_metrics(logits_BB: Tensor, image_ids_B: Tensor | None = None) -> dict[s
     return metrics
 
 
-def scale_metrics(parameters: Iterable[tuple[str, Tensor]]) -> dict[str, float]:
-    """Return ``logit_scale`` and ``logit_bias`` of an objective's named parameters, where it has them."""
+@torch.no_grad()
+def scale_metrics(model: TowerModel) -> dict[str, float]:
+    """Return ``logit_scale`` and ``logit_bias`` where the objective has them; a step of the model's forward."""
     metrics = {}
-    for name, value in parameters:
+    for name, value in model.objective.named_parameters():
         own_name = name.rpartition(".")[2]
         if own_name == "log_scale":
             metrics["logit_scale"] = value.detach().exp().item()

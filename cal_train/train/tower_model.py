@@ -9,8 +9,10 @@ B pairs of a batch on this rank.
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
 
+import torch
 from torch import Tensor, nn
 
+from cal_train.objectives.attention import DecoderBlock
 from cal_train.objectives.base import Features, Objective, Term, Towers, total_loss
 from cal_train.objectives.gather import Ranks
 from cal_train.towers.outputs import TowerOutputs
@@ -36,6 +38,7 @@ class TowerModel(nn.Module):
         freeze_unread(towers, cast(Objective, objective).reads)
         self.towers = towers
         self.objective = objective
+        self._no_split_modules = layer_classes(self)
 
     def forward(self, step: Callable[..., T], *arguments: Any) -> T:
         """Return ``step(self, *arguments)``, run inside this forward."""
@@ -48,6 +51,14 @@ class TowerModel(nn.Module):
         cast(Any, self.towers).activation_checkpointing_enable(
             activation_checkpointing_kwargs=activation_checkpointing_kwargs, **options
         )
+
+
+def layer_classes(model: nn.Module) -> list[str]:
+    """Return the names of the classes of layers by which FSDP2 splits a model: those of towers and decoders."""
+    named = {DecoderBlock.__name__}
+    for module in model.modules():
+        named.update(getattr(module, "_no_split_modules", None) or ())
+    return sorted(named & {type(module).__name__ for module in model.modules()})
 
 
 def objective_of(model: TowerModel) -> Objective:
@@ -87,6 +98,13 @@ def encode(model: TowerModel, batch: Batch) -> TowerOutputs:
         input_ids=batch["input_ids"],
         text_mask=batch["attention_mask"].bool(),
     )
+
+
+def exactly(model: TowerModel, measure: Callable[[TowerModel], T]) -> T:
+    """Return ``measure(model)``, in the precision of the weights."""
+    device = next(model.parameters()).device
+    with torch.autocast(device.type, enabled=False):
+        return measure(model)
 
 
 def score_step(model: TowerModel, images: Features, texts: Features) -> Tensor:

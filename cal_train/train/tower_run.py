@@ -11,11 +11,11 @@ from transformers import set_seed
 
 from cal_train.conf_towers import TowerArguments, TowerEvalArguments, TowerTrainingArguments
 from cal_train.data.images import ImageLimits
-from cal_train.data.pair_batches import BatchMaker, CaptionEncoder
+from cal_train.data.pair_batches import BatchMaker, CaptionEncoder, pair_stream
 from cal_train.data.pair_images import training_transform
-from cal_train.data.pair_loader import PairLoader, PairStream
-from cal_train.data.pair_plan import Share
 from cal_train.data.pairs import PairOptions, pair_sources
+from cal_train.data.stream_loader import StreamLoader
+from cal_train.data.stream_plan import Share
 from cal_train.objectives.families import build_objective
 from cal_train.train.engines import NOTHING_ASKED, Asked, check_engine, check_ranks
 from cal_train.train.run_folder import (
@@ -26,6 +26,7 @@ from cal_train.train.run_folder import (
     train_until_stopped,
     write_record,
 )
+from cal_train.train.tower_engine import fill_batch_size, whole_weights
 from cal_train.train.tower_groups import part_of
 from cal_train.train.tower_model import TowerModel
 from cal_train.train.tower_parts import Processors, build_towers, image_processor_of, load_tokenizer, objective_options
@@ -68,7 +69,8 @@ def train_towers(
     set_seed(args.seed)
 
     tokenizer = load_tokenizer(recipe.towers)
-    towers = build_towers(recipe.towers, tokenizer)
+    with whole_weights():
+        towers = build_towers(recipe.towers, tokenizer)
     processors = Processors(image_processor_of(recipe.towers, towers), tokenizer)
     options = objective_options(recipe.towers, batch_of_all_ranks(args))
     objective = build_objective(recipe.towers.objective, towers.shape, options)
@@ -116,6 +118,7 @@ def set_batch_size(args: TowerTrainingArguments, towers: TowerArguments) -> None
             "another number of processes"
         )
     args.per_device_train_batch_size = share
+    fill_batch_size(args)
 
 
 def batch_of_all_ranks(args: TowerTrainingArguments) -> int:
@@ -125,7 +128,7 @@ def batch_of_all_ranks(args: TowerTrainingArguments) -> int:
 
 def build_loader(
     data: PairOptions, args: TowerTrainingArguments, processors: Processors, context_length: int
-) -> PairLoader:
+) -> StreamLoader:
     """Return this rank's batches."""
     maker = BatchMaker(
         training_transform(processors.image_processor, data.min_crop_scale),
@@ -134,7 +137,7 @@ def build_loader(
         data.multiple_positives,
         ImageLimits(data.max_image_pixels, data.min_image_side),
     )
-    stream = PairStream(
+    stream = pair_stream(
         pair_sources(data),
         maker,
         args.per_device_train_batch_size,
@@ -142,7 +145,7 @@ def build_loader(
         data.shuffle_pool,
         data_seed(args),
     )
-    return PairLoader(
+    return StreamLoader(
         stream,
         args.dataloader_num_workers,
         data.max_bad_samples,
@@ -162,7 +165,7 @@ def group_options(towers: TowerArguments) -> dict[str, Any]:
     }
 
 
-def announce(recipe: TowerRecipe, model: TowerModel, loader: PairLoader) -> None:
+def announce(recipe: TowerRecipe, model: TowerModel, loader: StreamLoader) -> None:
     """Log what is about to happen, one line per fact."""
     args, plan = recipe.training, loader.stream.plan
     logger.info(

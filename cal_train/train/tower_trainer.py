@@ -1,7 +1,5 @@
 """`TowerTrainer`: a Hugging Face Trainer whose loss is an objective over pairs of images and texts."""
 
-import functools
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -13,23 +11,27 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState
 
 from cal_train.conf_towers import TowerTrainingArguments
-from cal_train.data.pair_loader import PairLoader
+from cal_train.data.stream_loader import StreamLoader
 from cal_train.objectives.gather import current_ranks
 from cal_train.train.grad_cache import grad_cache_step
 from cal_train.train.metrics import learning_rates
 from cal_train.train.step_guard import StepGuard
-from cal_train.train.tower_checkpoint import load_tower_weights, save_tower_model
+from cal_train.train.stream import epoch_loader, read_position, write_position
+from cal_train.train.tower_checkpoint import check_objective, load_tower_weights, save_tower_model
+from cal_train.train.tower_engine import (
+    check_tower_engine,
+    chunk_by_chunk,
+    clamp_objective,
+    fill_settings,
+    gather_with_root,
+)
 from cal_train.train.tower_groups import tower_groups
 from cal_train.train.tower_metrics import WindowMeans, batch_metrics, scale_metrics
-from cal_train.train.tower_model import TowerModel, objective_of, whole_step
-from cal_train.train.tower_stream import epoch_loader
+from cal_train.train.tower_model import TowerModel, exactly, whole_step
 from cal_train.train.trainer_saves import SafeTrainer
 
 Evaluate = Callable[[TowerModel], Mapping[str, float]]
 """Measures a model in evaluation mode; the same numbers on every rank."""
-
-STREAM_FILE = "stream.json"
-"""Position in the data, beside every checkpoint; the same on all ranks."""
 
 
 class TowerTrainer(SafeTrainer):
@@ -59,7 +61,7 @@ class TowerTrainer(SafeTrainer):
         args: TowerTrainingArguments,
         objective_name: str,
         objective_options: Mapping[str, Any],
-        loader: PairLoader,
+        loader: StreamLoader,
         save_processors: Callable[[Path], None],
         evaluate_model: Evaluate | None = None,
         group_options: Mapping[str, Any] | None = None,
@@ -68,6 +70,8 @@ class TowerTrainer(SafeTrainer):
         # the Trainer asks for a data set where evaluation is on; ours is inside the function
         super().__init__(model=model, args=args, eval_dataset=cast(Dataset | None, evaluate_model))
         self.check_engine()
+        check_tower_engine(self.accelerator, grad_cache_chunk, args.load_best_model_at_end)
+        fill_settings(model, self.accelerator)
         self.objective_name, self.objective_options = objective_name, dict(objective_options)
         self.learning_rates: dict[str, float] = {}
         self.loader = loader
@@ -83,16 +87,11 @@ class TowerTrainer(SafeTrainer):
         self.add_callback(self.guard)
 
     def check_engine(self) -> None:
-        """Raise ``ValueError`` where the run would be wrong: DataParallel, sharded parameters, data read anew."""
+        """Raise ``ValueError`` where the run would be wrong: DataParallel, data read anew."""
         if self.args.n_gpu > 1:
             raise ValueError(
                 f"{self.args.n_gpu} GPUs are visible to one process, which would use DataParallel. Start with "
                 "`accelerate launch -m cal_train tower RECIPE.yaml`, or make one GPU visible (CUDA_VISIBLE_DEVICES=0)"
-            )
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise ValueError(
-                "towers train with plain data parallelism (DDP): leave out fsdp and deepspeed; grad_cache_chunk and "
-                "activation_checkpointing are what saves memory here"
             )
         if self.args.ignore_data_skip:
             raise ValueError("ignore_data_skip is not needed: a resumed run goes on in the data without reading them")
@@ -126,16 +125,15 @@ class TowerTrainer(SafeTrainer):
             self.grad_cache_chunk,
             self.ranks,
             run=model,
-            backward=self.accelerator.backward,
-            no_sync=functools.partial(self.accelerator.no_sync, model=model),
             scale=scale,
+            **chunk_by_chunk(self.accelerator, model),
         )
         self._measure(inputs, outputs, sample_ids)
         return outputs["loss"] * scale
 
     def get_train_dataloader(self) -> DataLoader:
         """Return the batches of this rank: the loader deals rows to ranks itself."""
-        return epoch_loader(self.loader)
+        return epoch_loader(self.loader, lambda batch: {**batch.inputs, "sample_ids": batch.sample_ids})
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
@@ -179,7 +177,7 @@ class TowerTrainer(SafeTrainer):
         self.model.eval()
         devices = [self.args.device] if self.args.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices), torch.no_grad():
-            measured = self.evaluate_model(self.model)
+            measured = self.model(exactly, self.evaluate_model)  # in the root's forward, where parameters are whole
         metrics = {f"{metric_key_prefix}_{name}": float(value) for name, value in measured.items()}
         self.log(dict(metrics))
         self._window_started += time.perf_counter() - started  # pairs_per_second is that of training
@@ -189,17 +187,25 @@ class TowerTrainer(SafeTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if self.args.should_save:
             folder = Path(output_dir or cast(str, self.args.output_dir))
-            save_tower_model(self.model, self.objective_name, self.objective_options, folder)
+            save_tower_model(self.model, self.objective_name, self.objective_options, folder, state_dict)
             self.save_processors(folder)
-            (folder / STREAM_FILE).write_text(json.dumps(self.loader.state_dict()), encoding="utf-8")
+            write_position(self.loader, folder)
 
     # The Trainer would look for files of its own and, finding none, load nothing or only warn.
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_tower_weights(self.model, self.objective_name, resume_from_checkpoint)
-        stream = json.loads((Path(resume_from_checkpoint) / STREAM_FILE).read_text(encoding="utf-8"))
-        self.loader.load_state_dict(stream)
+        read_position(self.loader, resume_from_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.is_deepspeed_enabled:  # which has loaded the weights itself
+            check_objective(Path(checkpoint), self.objective_name)
+            read_position(self.loader, checkpoint)
 
     def _load_best_model(self) -> None:
+        if self.is_deepspeed_enabled:
+            super()._load_best_model()
+            return
         load_tower_weights(self.model, self.objective_name, cast(str, self.state.best_model_checkpoint))
 
     def _measure(self, inputs: dict[str, Any], outputs: dict[str, Any], sample_ids: list[str] | None) -> None:
@@ -217,7 +223,7 @@ class TowerTrainer(SafeTrainer):
 
     def _window_report(self) -> dict[str, float]:
         seconds = time.perf_counter() - self._window_started
-        report = self._parts.means() | scale_metrics(self.model.objective.named_parameters())
+        report = self._parts.means() | self.model(scale_metrics)
         own = self._metrics.means() | batch_metrics(self.model, **self._last_outputs)
         report |= self._mean_over_ranks(own)
         seen = self.loader.report
@@ -248,9 +254,10 @@ class _ClampAndSetEpoch(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.trainer._reset_window()
+        gather_with_root(self.trainer.model)
 
     def on_epoch_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.trainer.loader.set_epoch(int(cast(float, state.epoch) + 1e-6))
 
     def on_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        objective_of(self.trainer.model).clamp_()
+        clamp_objective(self.trainer.model, self.trainer.is_deepspeed_enabled)

@@ -1,7 +1,7 @@
 """`VlmTrainer`: a Hugging Face Trainer whose loss is the CAL step of `cal_train.train.step`."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, cast
 
 import torch
@@ -17,8 +17,10 @@ from cal_train.models.head import find_head
 from cal_train.models.lora import load_adapter_strictly, save_newline
 from cal_train.models.parts import parameter_groups
 from cal_train.models.quantize import write_quantization
+from cal_train.train.batches import eval_batches, train_batches
 from cal_train.train.checkpoint import load_weights_strictly
-from cal_train.train.metrics import WEIGHT_SUMS, Stopwatch, learning_rates, weight_report, weight_sums
+from cal_train.train.flop_count import flop_count
+from cal_train.train.metrics import LogWindow, Stopwatch, learning_rates
 from cal_train.train.step import StepOptions, attach_step
 from cal_train.train.step_guard import StepGuard
 from cal_train.train.trainer_saves import SafeTrainer
@@ -50,6 +52,7 @@ class VlmTrainer(SafeTrainer):
         max_bad_samples: Rows that may be dropped on a rank before the run stops; a row counts once, however often it
             is read.
         has_cached_features: Batches bring ``vision_features``.
+        has_stored_deltas: Batches bring the deltas of their labels.
     """
 
     loss_is_scaled_for_ga: bool | None = True
@@ -70,6 +73,7 @@ class VlmTrainer(SafeTrainer):
         vision_tower_lr: float | None = None,
         max_bad_samples: int = 0,
         has_cached_features: bool = False,
+        has_stored_deltas: bool = False,
     ):
         if args.n_gpu > 1:
             raise ValueError(
@@ -97,10 +101,13 @@ class VlmTrainer(SafeTrainer):
         self.max_bad_samples = max_bad_samples
         self.dropped = DropCount()
         self.num_truncated = 0
-        self.ablated_clock = Stopwatch(args.device)
+        self.share_with_labels = 1.0  # of the micro-batches of a step: dropped rows and an epoch's end leave empty ones
         self.learning_rates: dict[str, float] = {}
-        self.step_options = StepOptions(head, weighting, self._is_sharded(), has_cached_features, self.ablated_clock)
-        self._reset_window()
+        ablated_clock = Stopwatch(args.device)
+        self.window = LogWindow(args.device, weighting, ablated_clock)
+        self.step_options = StepOptions(
+            head, weighting, self._is_sharded(), has_cached_features, ablated_clock, has_stored_deltas
+        )
         self.guard = StepGuard(cast(Trainer, self), args.max_nonfinite_steps)
         self.add_callback(_SetEpoch(self))
         self.add_callback(self.guard)
@@ -116,18 +123,20 @@ class VlmTrainer(SafeTrainer):
 
         With ``sample`` weights w' (mean 1 per sample), n label tokens in the optimizer step over all ranks and W ranks:
         ``loss = W * sum(w' CE) / n``; the engine averages gradients over ranks, which takes W away again. With
-        ``micro_batch``: ``sum(w CE) / sum(w)``, averaged over accumulation steps and ranks (reference code).
+        ``micro_batch``: ``sum(w CE) / sum(w)``, averaged over the micro-batches with labels of all accumulation steps
+        and ranks (reference code).
         """
         sample_ids = inputs.pop("sample_ids", None)
         outputs = model(step=self.step_options, **inputs)  # forward without and with the image, weights, loss sum
         if self.weighting is not None and self.weighting.normalizer == "micro_batch":
             loss = outputs["loss_sum"] / outputs["weight_sum"].clamp_min(torch.finfo(torch.float32).tiny)
+            loss = loss / max(self.share_with_labels, torch.finfo(torch.float32).tiny)
         else:
             if num_items_in_batch is None:
                 num_items_in_batch = count_labels(inputs["labels"])
             loss = outputs["loss_sum"] * self.args.world_size / max(int(num_items_in_batch), 1)
         if self.guard.note_loss(loss, sample_ids):
-            self._measure(inputs, outputs)
+            self.window.add(inputs, outputs)
         return (loss, outputs) if return_outputs else loss
 
     def get_batch_samples(
@@ -136,14 +145,17 @@ class VlmTrainer(SafeTrainer):
         """Fetch the micro-batches of an optimizer step; count dropped rows, waiting time and label tokens."""
         started = time.perf_counter()
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._data_wait_seconds += time.perf_counter() - started
+        self.window.data_wait_seconds += time.perf_counter() - started
         for batch in batches:
             self._count_dropped(batch.pop("dropped", []))
             self.num_truncated += batch.pop("num_truncated", 0)
         if not batches:
             return batches, None
-        num_labels = torch.stack([count_labels(batch["labels"]) for batch in batches]).sum().to(device)
-        return batches, self._sum_over_ranks(num_labels)
+        num_labels = torch.stack([count_labels(batch["labels"]) for batch in batches]).to(device)
+        own = torch.stack([num_labels.sum(), (num_labels > 0).sum(), torch.tensor(len(batches), device=device)])
+        num_labels, num_with_labels, num_batches = self._sum_over_ranks(own)
+        self.share_with_labels = float(num_with_labels / num_batches)
+        return batches, num_labels
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Build the optimizer with one parameter group per part and decay."""
@@ -169,7 +181,8 @@ class VlmTrainer(SafeTrainer):
         """Add throughput, data waiting, weight statistics and the learning rate of each part to the Trainer's line."""
         if "loss" in logs:
             self.guard.correct_mean(logs)
-            logs.update(self._window_report())
+            own = {"dropped_rows": self.dropped.count, "truncated_rows": self.num_truncated}
+            logs.update(self.window.report(self.state.global_step, own, self._sum_over_ranks))
             logs.update(self.learning_rates)
         super().log(logs, start_time)
 
@@ -193,7 +206,7 @@ class VlmTrainer(SafeTrainer):
         )
         precision = torch.float32 if self.args.device.type == "mps" else torch.float64  # MPS has no wider one
         sums = torch.zeros(2, device=self.args.device, dtype=precision)
-        for batch in self._eval_batches(dataset):
+        for batch in eval_batches(dataset, cast(Any, self.data_collator), self.args):
             self._count_dropped(batch.pop("dropped", []))
             for name in ("sample_ids", "num_truncated"):
                 batch.pop(name, None)
@@ -206,21 +219,10 @@ class VlmTrainer(SafeTrainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _eval_batches(self, dataset: Dataset) -> DataLoader:
-        size, world, rank = self.args.eval_batch_size, self.args.world_size, self.args.process_index
-        num_rows = len(cast(Sized, dataset))
-        num_batches = -(-num_rows // (size * world))
-        mine = list(range(rank, num_rows, world))
-        batches = [mine[i * size : (i + 1) * size] for i in range(num_batches)]
-        return DataLoader(
-            dataset,
-            batch_sampler=batches,
-            collate_fn=self.data_collator,
-            num_workers=self.args.dataloader_num_workers,
-        )
-
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int] | None:
-        return self.train_sampler if self.train_sampler is not None else super()._get_train_sampler(train_dataset)
+    def get_train_dataloader(self) -> DataLoader:
+        """Return the batches of this rank."""
+        sampler = cast(Sampler[int], self.train_sampler)
+        return train_batches(cast(Dataset, self.train_dataset), sampler, cast(Any, self.data_collator), self.args)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         # The Trainer loads by the names inside the module and tolerates missing keys; files carry the names of the
@@ -267,39 +269,6 @@ class VlmTrainer(SafeTrainer):
                     "counts them"
                 )
 
-    def _measure(self, inputs: dict[str, Any], outputs: dict[str, Tensor]) -> None:
-        self._num_tokens += inputs["attention_mask"].sum()
-        self._num_positions += inputs["attention_mask"].numel()
-        if self.weighting is not None and "delta" in outputs:
-            self._weight_sums += weight_sums(self.weighting, outputs["delta"], outputs["weight"])
-
-    def _reset_window(self) -> None:
-        device = self.args.device
-        self._num_tokens = torch.zeros((), dtype=torch.long, device=device)
-        self._num_positions = 0
-        self._weight_sums = torch.zeros(len(WEIGHT_SUMS), device=device)
-        self._data_wait_seconds = 0.0
-        self._window_started, self._window_first_step = time.perf_counter(), self.state.global_step
-
-    def _window_report(self) -> dict[str, float]:
-        seconds = time.perf_counter() - self._window_started
-        num_steps = max(self.state.global_step - self._window_first_step, 1)
-        own = [float(self._num_tokens), self._num_positions, float(self.dropped.count), float(self.num_truncated)]
-        own = torch.tensor(own, device=self.args.device)
-        num_tokens, num_positions, num_dropped, num_truncated = self._sum_over_ranks(own).tolist()
-        report = {
-            "tokens_per_second": num_tokens / seconds,
-            "padding_share": 1 - num_tokens / max(num_positions, 1),
-            "data_wait_share": self._data_wait_seconds / seconds,
-            "dropped_rows": num_dropped,
-            "truncated_rows": num_truncated,
-        }
-        if self.weighting is not None and self.weighting.ablation is not None:
-            report |= weight_report(self._sum_over_ranks(self._weight_sums), num_steps)
-            report["cal/overhead"] = self.ablated_clock.read_and_reset() / seconds
-        self._reset_window()
-        return report
-
 
 def count_labels(labels_BS: Tensor) -> Tensor:
     """Return how many label tokens are predicted; a label at position 0 never is."""
@@ -313,7 +282,10 @@ class _SetEpoch(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.trainer._reset_window()
+        trainer, weighting = self.trainer, self.trainer.weighting
+        contrasts = weighting is not None and not trainer.step_options.has_stored_deltas
+        trainer.window.flops = flop_count(trainer.model, weighting.ablation if contrasts else None, args)
+        trainer.window.start(state.global_step)
 
     def on_epoch_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         epoch = int(state.epoch + 1e-6)

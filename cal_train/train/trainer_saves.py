@@ -1,6 +1,7 @@
 """How both trainers save: what Hugging Face's Trainer writes, led aside and renamed when it is complete."""
 
 import functools
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
+from cal_train.train.provenance import RECORDS
 from cal_train.train.safe_save import Ranks, rotate, write_checkpoint, write_output
 from cal_train.train.step_guard import StepGuard
 
@@ -78,6 +80,9 @@ def save_checkpoint(trainer: SavesAside, write: Callable[[], None]) -> None:
             write()
         finally:
             trainer.aside = None
+        if trainer.args.should_save:
+            for record in filter(Path.is_file, (run_folder / name for name in RECORDS)):
+                shutil.copy(record, aside / final.name)
         if state.best_model_checkpoint == str(aside / final.name):  # where it stands now, not where it will be found
             state.best_model_checkpoint = str(final)
             if trainer.args.should_save:

@@ -55,7 +55,7 @@ def test_good_recipe_passes_and_its_counts_are_right(recipe, capsys):
 def test_counts_equal_those_of_the_data_set_itself(data_path, tmp_path):
     dataset = VlmDataset([Source(data_path, tmp_path / "images")], tiny_processor(), "vicuna_v1", 90)
     report = CheckReport()
-    check_source(report, dataset.sources[0], dataset.rows[0], dataset.summaries[0], DEFAULT_LIMITS, dataset)
+    check_source(report, dataset.sources[0], dataset.rows[0], dataset.summaries[0], DEFAULT_LIMITS, dataset.encoder)
     whole = VlmDataset([Source(data_path, tmp_path / "images")], tiny_processor(), "vicuna_v1", 2048)
     lengths = [len(whole[i]["input_ids"]) for i in range(8)]
     assert report.num_supervised == sum(int((dataset[i]["labels"] != IGNORE_INDEX).sum()) for i in range(8))
@@ -101,7 +101,7 @@ def test_image_root_beside_a_recipe_is_refused(recipe, tmp_path):
 def test_segments_spell_out_the_text_with_images_collapsed(data_path, tmp_path, kind):
     tokenizer = tiny_tokenizer(kind)
     dataset = VlmDataset([Source(data_path, tmp_path / "images")], tiny_processor(tokenizer), "chatml", 2048)
-    example = dataset.tokenize(dataset.load_sample(0), [4])
+    example = dataset.encoder.tokenize(dataset.load_sample(0), [4])
     segments = token_segments(example, tokenizer)
     answer = json.loads(data_path.read_text())[0]["conversations"][1]["value"]
     assert "".join(s.text for s in segments if s.kind == "supervised") == answer + "<|im_end|>"

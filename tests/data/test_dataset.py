@@ -10,7 +10,8 @@ from torch.utils.data import DataLoader
 
 from cal_train.conf import DataArguments
 from cal_train.data.collate import DROPPED_ROW_ID, Collator
-from cal_train.data.dataset import VlmDataset, build_dataset, build_eval_dataset, images_to_front
+from cal_train.data.dataset import VlmDataset, build_dataset, build_eval_dataset
+from cal_train.data.examples import images_to_front
 from cal_train.data.sampling import ModalityLengthSampler, ShuffledSampler, modality_grouped_order
 from cal_train.data.sources import Source, draw_rows, training_sources
 from cal_train.testing import tiny_processor, write_tiny_data

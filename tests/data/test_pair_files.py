@@ -10,9 +10,10 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
-from cal_train.data.pair_files import open_source, source_files
+from cal_train.data.pair_rows import open_pairs
 from cal_train.data.pair_set import read_pair_set
 from cal_train.data.pairs import Pair, PairOptions, PairSource, pair_sources
+from cal_train.data.stream_files import source_files
 from cal_train.types import Problem
 
 
@@ -42,7 +43,7 @@ def members_of(numbers):
 
 
 def read_all(path, **options):
-    blocks = open_source(PairSource(str(path), **options))
+    blocks = open_pairs(PairSource(str(path), **options))
     return [row for block, n in enumerate(blocks.lengths.tolist()) for row in blocks.read(block, 0, n)]
 
 
@@ -89,14 +90,14 @@ def test_parquet_holds_images_as_bytes_as_datasets_column_or_as_paths(tmp_path, 
     image = {"bytes": png, "struct": lambda i: {"bytes": png(i), "path": None}, "path": lambda i: f"{i}.png"}[kind]
     table = pa.table({"image": [image(i) for i in range(5)], "text": [f"caption {i}" for i in range(5)]})
     parquet.write_table(table, tmp_path / "p.parquet", row_group_size=2)
-    blocks = open_source(PairSource(str(tmp_path / "p.parquet")))
+    blocks = open_pairs(PairSource(str(tmp_path / "p.parquet")))
     assert blocks.lengths.tolist() == [2, 2, 1]
     assert [content(row) for row in read_all(tmp_path / "p.parquet")] == EXPECTED
 
 
 def test_a_range_of_a_block_is_the_same_rows_as_in_the_whole(tmp_path):
     write_tar(tmp_path / "s.tar", members_of(range(5)))
-    blocks = open_source(PairSource(str(tmp_path / "s.tar")))
+    blocks = open_pairs(PairSource(str(tmp_path / "s.tar")))
     for start in range(5):
         for stop in range(start + 1, 6):
             assert [content(row) for row in blocks.read(0, start, stop)] == EXPECTED[start:stop]
@@ -105,12 +106,12 @@ def test_a_range_of_a_block_is_the_same_rows_as_in_the_whole(tmp_path):
 
 
 def test_a_shard_is_opened_once_when_read_in_sequence(tmp_path, monkeypatch):
-    from cal_train.data import pair_files
+    from cal_train.data import stream_files
 
     write_tar(tmp_path / "s.tar", members_of(range(5)))
-    blocks = open_source(PairSource(str(tmp_path / "s.tar")))
-    opened, original = [], pair_files.read_shard
-    monkeypatch.setattr(pair_files, "read_shard", lambda *args: opened.append(args[0]) or original(*args))
+    blocks = open_pairs(PairSource(str(tmp_path / "s.tar")))
+    opened, original = [], stream_files.read_shard
+    monkeypatch.setattr(stream_files, "read_shard", lambda *args: opened.append(args[0]) or original(*args))
     assert [content(row) for i in range(5) for row in blocks.read(0, i, i + 1)] == EXPECTED
     assert len(opened) == 1
 
@@ -153,7 +154,7 @@ def test_a_bad_row_is_a_problem_that_names_it(tmp_path, image, caption, problem)
 def test_csv_rows_of_a_wrong_width_are_problems_and_the_others_keep_their_text(tmp_path):
     write_images(tmp_path, 2)
     (tmp_path / "p.csv").write_text('image,caption\n0.png,"a, b"\n1.png,too,many\n1.png,007\n')
-    blocks = open_source(PairSource(str(tmp_path / "p.csv")))
+    blocks = open_pairs(PairSource(str(tmp_path / "p.csv")))
     assert [content(row) for row in read_all(tmp_path / "p.csv")] == [(0, ("a, b",)), (1, ("007",))]
     (problem,) = blocks.problems
     assert "line 3 has 3 columns instead of 2" in str(problem)
@@ -182,7 +183,7 @@ def test_a_truncated_shard_gives_the_rows_before_the_cut_and_says_so(tmp_path, c
     whole = write_tar(tmp_path / "whole.tar", members_of(range(5))).read_bytes()
     kept = 5 * 4 * 512 - cut
     (tmp_path / "s.tar").write_bytes(whole[:kept])
-    blocks = open_source(PairSource(str(tmp_path / "s.tar")))
+    blocks = open_pairs(PairSource(str(tmp_path / "s.tar")))
     assert len(blocks.problems) == 1 and "cut off" in str(blocks.problems[0])
     rows = list(blocks.read(0, 0, int(blocks.lengths[0])))
     good = [content(row) for row in rows if isinstance(row, Pair)]
@@ -206,7 +207,7 @@ def test_what_cannot_be_read_at_all_is_an_error_that_names_the_file(tmp_path):
     def refuse(name, data, message):
         (tmp_path / name).write_bytes(data)
         with pytest.raises(ValueError, match=message) as error:
-            open_source(PairSource(str(tmp_path / name)))
+            open_pairs(PairSource(str(tmp_path / name)))
         assert name in str(error.value)
 
     refuse("empty.tar", write_tar(tmp_path / "e.tar", []).read_bytes(), "no rows")

@@ -12,11 +12,11 @@ from PIL import Image
 from tokenizers import processors
 from transformers import CLIPImageProcessorPil
 
-from cal_train.data.pair_batches import BatchMaker, CaptionEncoder
+from cal_train.data.pair_batches import BatchMaker, CaptionEncoder, pair_stream
 from cal_train.data.pair_images import training_transform
-from cal_train.data.pair_loader import PairLoader, PairStream
-from cal_train.data.pair_plan import Share
 from cal_train.data.pairs import PairSource
+from cal_train.data.stream_loader import StreamLoader
+from cal_train.data.stream_plan import Share
 from cal_train.testing import tiny_tokenizer
 from cal_train.types import Problem
 
@@ -58,7 +58,7 @@ def image_processor():
 
 def loader(*paths, batch_size=4, share=ONE, pool=8, workers=0, max_bad=0, seed=0, context=8, **maker):
     encoder = CaptionEncoder(tiny_tokenizer(), context)
-    stream = PairStream(
+    stream = pair_stream(
         [PairSource(path) for path in paths],
         BatchMaker(training_transform(image_processor()), encoder, **maker),
         batch_size,
@@ -66,19 +66,20 @@ def loader(*paths, batch_size=4, share=ONE, pool=8, workers=0, max_bad=0, seed=0
         pool,
         seed,
     )
-    return PairLoader(stream, workers, max_bad)
+    return StreamLoader(stream, workers, max_bad)
 
 
 def equal(first, second):
+    first, second = first.inputs, second.inputs
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 def ids_of(pair_loader):
-    return [list(pair_loader.last_sample_ids) for _ in pair_loader]
+    return [batch.sample_ids for batch in pair_loader]
 
 
 def test_a_batch_has_the_shapes_that_towers_take(tmp_path):
-    (batch, *_) = loader(write_table(tmp_path))
+    batch = next(iter(loader(write_table(tmp_path)))).inputs
     assert batch["pixel_values"].shape == (4, 3, SIZE, SIZE) and batch["pixel_values"].dtype == torch.float32
     assert batch["input_ids"].shape == batch["attention_mask"].shape == (4, 8)
     assert batch["input_ids"].dtype == batch["attention_mask"].dtype == torch.int64
@@ -167,7 +168,7 @@ def test_a_state_of_another_run_layout_is_refused(tmp_path):
 def test_bad_rows_are_replaced_counted_once_and_bounded(tmp_path, workers):
     path = write_table(tmp_path, 24, bad=(3, 11))
     tolerant = loader(path, workers=workers, max_bad=2)
-    sizes = [len(batch["input_ids"]) for _ in range(2) for batch in tolerant]
+    sizes = [len(batch.inputs["input_ids"]) for _ in range(2) for batch in tolerant]
     assert sizes == [4] * 12
     report = tolerant.report
     assert report.bad.count == 2 and {problem.id for problem in report.bad.problems} == {"3", "11"}
@@ -204,13 +205,13 @@ def test_data_without_a_usable_pair_is_an_error_not_a_hang(tmp_path, workers):
 
 
 def test_too_few_pairs_for_a_batch_are_an_error(tmp_path):
-    with pytest.raises(ValueError, match="do not fill a batch of 4 images on each of 2 ranks"):
+    with pytest.raises(ValueError, match="rows do not fill a batch of 4 on each of 2 ranks"):
         loader(write_table(tmp_path, 7), share=Share(0, 2))
 
 
 def test_a_batch_of_one_works(tmp_path):
     batches = list(loader(write_table(tmp_path, 3), batch_size=1))
-    assert [batch["pixel_values"].shape[0] for batch in batches] == [1, 1, 1]
+    assert [batch.inputs["pixel_values"].shape[0] for batch in batches] == [1, 1, 1]
 
 
 def test_a_truncated_shard_counts_before_the_first_batch(tmp_path):
@@ -244,14 +245,14 @@ def test_crops_and_captions_change_with_the_epoch_and_the_seed(tmp_path):
         pair_loader = loader(path, seed=seed)
         for epoch in (0, 1):
             (batch,) = pair_loader
-            pixels[seed, epoch] = batch["input_ids"].sum().item() * 1000 + batch["pixel_values"].sum().item()
+            pixels[seed, epoch] = (batch.inputs["input_ids"].sum().item(), batch.inputs["pixel_values"].sum().item())
     assert len(set(pixels.values())) == 4
 
 
 def test_several_captions_of_an_image_share_its_pixels_and_its_id(tmp_path):
     path = write_table(tmp_path, 8, captions=lambda i: [f"red {i}", f"blue {i}", f"green {i}"])
     tokenizer = tiny_tokenizer()
-    for batch in loader(path, captions_per_image=2, with_image_ids=True):
+    for batch in (made.inputs for made in loader(path, captions_per_image=2, with_image_ids=True)):
         texts = [text.replace("<pad>", "") for text in tokenizer.batch_decode(batch["input_ids"])]
         for a, b in ((0, 1), (2, 3)):
             assert torch.equal(batch["pixel_values"][a], batch["pixel_values"][b])
@@ -268,7 +269,7 @@ def test_image_ids_agree_across_ranks_and_files(tmp_path):
     for path in (first, second):
         pair_loader = loader(path, with_image_ids=True)
         (batch,) = pair_loader
-        ids.append(dict(zip(pair_loader.last_sample_ids, batch["image_ids"].tolist(), strict=True)))
+        ids.append(dict(zip(batch.sample_ids, batch.inputs["image_ids"].tolist(), strict=True)))
     assert ids[0] == ids[1] and len(set(ids[0].values())) == 4
 
 

@@ -6,6 +6,7 @@ import pytest
 from rich.console import Console
 
 from cal_train.demo.compare import (
+    Answers,
     area_under_curve,
     compare,
     markdown_of,
@@ -13,13 +14,12 @@ from cal_train.demo.compare import (
     table_of,
     write_results,
 )
-from cal_train.demo.evaluate import Answers
 
 
 def answers(types, scenes, is_right, blind=None):
     right = np.array(is_right, bool)
     blind = np.zeros(len(right), bool) if blind is None else np.array(blind, bool)
-    return Answers(np.array(types), np.array(scenes), right, blind, np.zeros(0), np.zeros(0, bool), np.zeros(0, str))
+    return Answers(np.array(types), np.array(scenes), right, blind)
 
 
 def test_auc_is_the_share_of_pairs_in_the_right_order():

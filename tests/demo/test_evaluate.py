@@ -1,36 +1,23 @@
 import json
 import re
 from itertools import islice
-from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from cal_train.data.conversation import load_template
 from cal_train.demo.assets import Assets
 from cal_train.demo.concepts import CONCEPTS, HELD_OUT_CONCEPTS
-from cal_train.demo.evaluate import answer_split, visual_tokens
+from cal_train.demo.evaluate import Deltas, detection, read_answers, read_deltas, visual_tokens, write_scored_rows
 from cal_train.demo.language_model import documents, in_words, train_tokenizer
+from cal_train.demo.scenes import QUESTION_TYPES
 from cal_train.demo.splits import TEST_SPLITS, write_splits
-from cal_train.testing import tiny_llava, tiny_processor
+from cal_train.evals.lmms.results import write_results
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
     return train_tokenizer([in_words(text) for text in islice(documents(0), 600)])
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory, tokenizer):
-    folder = tmp_path_factory.mktemp("model")
-    tiny_llava(tokenizer).save_pretrained(folder)
-    processor = tiny_processor(tokenizer)
-    processor.chat_template = load_template("chatml")
-    processor.save_pretrained(folder)
-    return folder
 
 
 def write_style(folder, colour):
@@ -49,90 +36,85 @@ def splits(tmp_path_factory):
     return folder, write_splits(folder / "data", assets, num_train=6, num_test=4, image_size=28)
 
 
-@torch.no_grad()
-def generated(folder, image, question, max_new_tokens):
-    """What the plain transformers `generate` writes: ids up to and without the end mark, and whether it ended."""
-    model: Any = AutoModelForImageTextToText.from_pretrained(folder).eval()
-    processor = AutoProcessor.from_pretrained(folder)
-    prompt = processor.apply_chat_template(
-        [{"role": "user", "content": f"<image>\n{question}"}], add_generation_prompt=True
-    )
-    inputs = processor(text=prompt, images=image, return_tensors="pt")
-    end = processor.tokenizer.eos_token_id
-    ids = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=end, pad_token_id=0)
-    return processor, ids[0, inputs["input_ids"].shape[1] :].tolist()
+TASKS = {"heldout_scenes": "demo", "heldout_concepts": "demo_concepts", "heldout_style": "demo_style"}
 
 
-def write_row(folder, question, answer, scene="s"):
-    data = folder / "one.json"
-    turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
-    data.write_text(json.dumps([{"id": "r", "image": "one.png", "conversations": turns}]))
-    truth = {"r": [{"type": "name", "scene": scene, "spans": [[0, 1]]}]}
-    (folder / "one.truth.json").write_text(json.dumps(truth))
-    return data
+def write_answers(folder, files, answer):
+    """Results as ``cal-train eval`` leaves them; ``answer(split, row, type)`` is what the model said."""
+    samples = {}
+    for split, name in TASKS.items():
+        truth = json.loads(files[split].with_suffix(".truth.json").read_text())
+        for row in json.loads(files[split].read_text()):
+            type_, target = truth[row["id"]][0]["type"], row["conversations"][1]["value"]
+            rows = samples.setdefault(f"{name}_{type_}", [])
+            rows.append({"doc_id": len(rows), "target": target, "answer": answer(split, row, type_)})
+    summary = {"suite": "s", "model": "m", "tasks": {}, "settings": {}, "versions": {}}
+    write_results(folder, summary, samples)
+    (folder / "results.json").write_text(json.dumps({"tasks": {task: {} for task in samples}}))
 
 
-def test_an_answer_counts_exactly_if_generate_writes_it(tmp_path, model_folder, tokenizer):
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (28, 28, 3), dtype=np.uint8))
-    image.save(tmp_path / "one.png")
-    question, end = "What is in the top left?", tokenizer.eos_token_id
-    model: Any = AutoModelForImageTextToText.from_pretrained(model_folder)
-    # a head that is sure of a fixed chain of words, so that generation ends with the end mark
-    chain = tokenizer(" fox drum pear").input_ids
-    newline = tokenizer("assistant\n").input_ids[-1]
-    with torch.no_grad():
-        embedding = torch.eye(len(tokenizer), model.config.text_config.hidden_size) * 0
-        directions = torch.linalg.qr(torch.randn(model.config.text_config.hidden_size, 8))[0].T * 10
-        for i, token in enumerate([newline, *chain]):
-            embedding[token] = directions[i]
-        head = torch.zeros_like(embedding)
-        for i, token in enumerate([*chain, end]):
-            head[token] = directions[i]
-        for layer in model.model.language_model.layers:
-            layer.self_attn.o_proj.weight.zero_()
-            layer.mlp.down_proj.weight.zero_()
-        model.get_input_embeddings().weight.copy_(embedding)
-        model.lm_head.weight.copy_(head)
-    changed = tmp_path / "chain"
-    model.save_pretrained(changed)
-    AutoProcessor.from_pretrained(model_folder).save_pretrained(changed)
-    _, ids = generated(changed, image, question, 8)
-    assert ids == [*chain, end]  # the oracle
-    assert answer_split(changed, write_row(tmp_path, question, " fox drum pear")).is_right.tolist() == [True]
-    for wrong in (" fox drum", " fox drum pear pear", " drum drum pear", " fox drum fox"):
-        assert answer_split(changed, write_row(tmp_path, question, wrong)).is_right.tolist() == [False]
-
-
-def test_without_the_image_is_what_a_forward_over_masked_image_keys_gives(splits, model_folder):
+def test_an_answer_is_right_if_it_is_the_reference_word_for_word(splits, tmp_path):
     _, files = splits
-    answers = answer_split(model_folder, files["heldout_scenes"], batch_size=5)
-    rows = json.loads(files["heldout_scenes"].read_text())
-    model = AutoModelForImageTextToText.from_pretrained(model_folder).eval()
-    processor = AutoProcessor.from_pretrained(model_folder, backend="pil")
-    expected = []
-    for row in rows[:4]:
-        question, answer = (turn["value"] for turn in row["conversations"])
-        chat = [{"role": "user", "content": question}]
-        prompt = processor.apply_chat_template(chat, add_generation_prompt=True)
-        image = Image.open(files["heldout_scenes"].parent / row["image"])
-        whole = processor(text=f"{prompt}{answer}<|im_end|>", images=image, return_tensors="pt")
-        start = processor(text=prompt, images=image, return_tensors="pt")["input_ids"].shape[1]
-        ids = whole["input_ids"]
-        blind = torch.where(ids == model.config.image_token_id, 0, 1)
-        with torch.no_grad():
-            seen = model(**whole).logits[0, start - 1 : -1]
-            unseen = model(**{**whole, "attention_mask": blind}).logits[0, start - 1 : -1]
-        expected += (seen - unseen).gather(1, ids[0, start:, None])[:, 0].tolist()
-    assert len(expected) > 20
-    assert np.abs(answers.delta[: len(expected)] - expected).max() < 1e-4
-    assert np.abs(expected).max() > 1e-2
+
+    def seen(split, row, type_):
+        scene, said = row["id"].split("/")[0], row["conversations"][1]["value"]
+        if type_ == "count":
+            return f" {said}\n"
+        return said if scene.endswith("1") and split != "heldout_style" else said + " Really."
+
+    write_answers(tmp_path / "seen", files, seen)
+    write_answers(tmp_path / "blind", files, lambda split, row, type_: seen("", row, "") if type_ == "kind" else "no")
+    found = read_answers("heldout_concepts", files["heldout_concepts"], tmp_path / "seen", tmp_path / "blind")
+    assert len(found.types) == 4 * len(QUESTION_TYPES) and set(found.scenes) == {f"concept-0000{n}" for n in range(4)}
+    for type_, scene, is_right, is_blind in zip(*vars(found).values(), strict=True):
+        assert is_right == (type_ == "count" or scene.endswith("1"))
+        assert is_blind == (type_ == "kind" and scene.endswith("1"))
+    style = read_answers("heldout_style", files["heldout_style"], tmp_path / "seen", tmp_path / "blind")
+    assert style.is_right.sum() == 4  # the counts
+    assert style.is_right_blind.sum() == 1  # told blind of the same scenes in the style of training
 
 
-def test_batches_change_nothing(splits, model_folder):
+def test_answers_to_other_questions_are_refused(splits, tmp_path):
     _, files = splits
-    one, many = (answer_split(model_folder, files["heldout_concepts"], batch_size=size) for size in (1, 16))
-    assert np.abs(one.delta - many.delta).max() < 1e-4
-    assert (one.is_visual == many.is_visual).all() and (one.types == many.types).all()
+    write_answers(tmp_path / "seen", files, lambda split, row, type_: "no")
+    write_answers(tmp_path / "blind", files | {"heldout_scenes": files["heldout_concepts"]}, lambda *_: "no")
+    with pytest.raises(ValueError, match=r"blind, task demo_name: .* other questions"):
+        read_answers("heldout_style", files["heldout_style"], tmp_path / "seen", tmp_path / "blind")
+
+
+def test_deltas_come_back_by_split_and_question_with_what_the_picture_tells(splits, tmp_path, tokenizer):
+    _, files = splits
+    tokenizer.save_pretrained(tmp_path)
+    write_scored_rows(tmp_path / "rows.json", files, num_scenes=2)
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert len(rows) == 2 * 3 * len(QUESTION_TYPES) and len({row["id"] for row in rows}) == len(rows)
+    assert all((files["heldout_scenes"].parent / row["image"]).is_file() for row in rows)
+    expected = {split: [] for split in TEST_SPLITS}
+    with (tmp_path / "scores.jsonl").open("w") as file:
+        for n, row in enumerate(rows):
+            split, _, id = row["id"].partition("/")
+            turn = json.loads(files[split].with_suffix(".truth.json").read_text())[id][0]
+            answer = row["conversations"][1]["value"]
+            encoded = tokenizer(answer, return_offsets_mapping=True)
+            ids = [7, *encoded["input_ids"], tokenizer.eos_token_id]
+            deltas = [n + i / 100 for i in range(len(ids) - 1)]
+            record = {"id": row["id"], "input_ids": ids, "label_positions": list(range(1, len(ids))), "delta": deltas}
+            file.write(json.dumps(record) + "\n")
+            ((start, end),) = turn["spans"]
+            marks = [a < end and start < b for a, b in encoded["offset_mapping"]] + [False]
+            expected[split] += [(d, m, turn["type"]) for d, m in zip(deltas, marks, strict=True)]
+    found = read_deltas(tmp_path / "scores.jsonl", tmp_path / "rows.json", files, tmp_path)
+    for split, wanted in expected.items():
+        assert list(zip(*(column.tolist() for column in vars(found[split]).values()), strict=True)) == wanted
+        assert found[split].is_visual.any() and not found[split].is_visual.all()
+
+
+def test_delta_is_judged_as_a_detector_over_all_and_for_each_type_of_question():
+    types, is_visual = np.array(["name", "name", "count", "count"]), np.array([True, False, True, False])
+    one = Deltas(np.array([3.0, 1.0, 0.0, 2.0]), is_visual, types)
+    assert detection([one]) == {"all": 0.5, "name": 1.0, "count": 0.0}
+    other = Deltas(np.array([3.0, 1.0, 5.0, 2.0]), is_visual, types)
+    assert detection([one, other]) == {"all": 0.75, "name": 1.0, "count": 0.5}
 
 
 def test_visual_tokens_are_those_that_overlap_a_span(tokenizer):

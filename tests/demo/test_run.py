@@ -2,6 +2,7 @@ import io
 import json
 import math
 import resource
+import shutil
 import time
 from dataclasses import replace
 from functools import partial
@@ -17,25 +18,18 @@ from transformers import CLIPImageProcessorPil, Dinov2Config, Dinov2Model
 
 from cal_train.demo import run
 from cal_train.demo.assets import GGUF_FILE, Assets
-from cal_train.demo.compare import Comparison, compare
+from cal_train.demo.commands import Cost, costs_as_markdown, run_verb
+from cal_train.demo.compare import Answers, Comparison, compare
 from cal_train.demo.concepts import CONCEPTS
-from cal_train.demo.evaluate import Answers
-from cal_train.demo.run import (
-    Cost,
-    Plan,
-    compose_model,
-    costs_as_markdown,
-    detection,
-    pooled,
-    run_verb,
-    train_stage,
-    verdicts,
-)
+from cal_train.demo.evaluate import pooled
+from cal_train.demo.run import Plan, ask_and_score, compose_model, train_stage, verdicts
 from cal_train.demo.scenes import QUESTION_TYPES
 from cal_train.demo.splits import TEST_SPLITS
+from cal_train.evals.lmms.results import read_results
 from cal_train.train.safe_save import mark_complete
 
-RECIPES = Path(__file__).parents[2] / "recipes" / "demo"
+ROOT = Path(__file__).parents[2]
+RECIPES = ROOT / "recipes" / "demo"
 
 
 def quiet():
@@ -43,13 +37,13 @@ def quiet():
 
 
 def plan(folder, texts=600):
-    return Plan("toy", folder / "cache", folder / "runs", folder / "recipes", 40, texts, (0,))
+    suite = folder / "eval" / "suites" / "demo_splits.yaml"
+    return Plan("toy", folder / "cache", folder / "runs", folder / "recipes", 40, texts, (0,), suite=suite)
 
 
 def answers(scenes, is_right):
     right, n = np.array(is_right, bool), len(scenes)
-    names = np.full(n, "name")
-    return Answers(names, np.array(scenes), right, ~right, np.arange(n, dtype=float), right, names)
+    return Answers(np.full(n, "name"), np.array(scenes), right, ~right)
 
 
 def line(**values):
@@ -62,7 +56,6 @@ def test_pooled_seeds_keep_every_answer_in_order_and_share_their_scenes():
     pool = pooled([first, second])
     assert pool.scenes.tolist() == ["a", "b", "a", "b"] and pool.is_right.tolist() == [True, False, True, True]
     assert pool.is_right_blind.tolist() == [False, True, False, False] and pool.types.tolist() == ["name"] * 4
-    assert pool.delta.tolist() == [0, 1, 0, 1] and pool.is_visual.tolist() == [True, False, True, True]
 
 
 def test_the_same_answers_under_a_second_seed_make_no_interval_narrower():
@@ -158,21 +151,12 @@ def test_without_texts_the_fetched_gguf_file_is_composed(tmp_path, monkeypatch):
     assert options["--standardize_on"] == str(tmp_path / "images")
 
 
-def test_delta_is_judged_as_a_detector_over_all_and_for_each_type_of_question():
-    delta = np.array([3.0, 1.0, 0.0, 2.0])
-    types = np.array(["name", "name", "count", "count"])
-    is_visual = np.array([True, False, True, False])
-    unused = np.zeros(2, bool)
-    found = detection(Answers(np.array(["name", "count"]), unused, unused, unused, delta, is_visual, types))
-    assert found == {"all": 0.5, "name": 1.0, "count": 0.0}
-
-
 def test_a_demo_in_parts_goes_on_where_it_stopped_and_keeps_what_is_finished(tmp_path, monkeypatch):
     commands = []
 
-    def run_verb(arguments, _, costs):
+    def run_verb(arguments, _, costs, label):
         commands.append(list(arguments))
-        costs.append(Cost("train baseline-0", 12.0, 1.5))
+        costs.append(Cost(label, 12.0, 1.5))
 
     monkeypatch.setattr(run, "run_verb", run_verb)
     in_parts, folder = replace(plan(tmp_path), in_parts=True), tmp_path / "runs" / "baseline-0"
@@ -188,6 +172,30 @@ def test_a_demo_in_parts_goes_on_where_it_stopped_and_keeps_what_is_finished(tmp
     assert commands[1:] == [["train", recipe, "--overwrite_output_dir", "true"]] and costs == [
         Cost("train baseline-0", 12.0, 1.5)
     ]
+
+
+def test_a_demo_in_parts_evaluates_once_and_any_other_each_time(tmp_path, monkeypatch):
+    commands, model = [], tmp_path / "runs" / "cal-0"
+    monkeypatch.setattr(run, "run_verb", lambda arguments, *_: commands.append(list(arguments)))
+    files = {split: tmp_path / "scenes" / f"{split}.json" for split in ("heldout_scenes", "heldout_style")}
+    ask_and_score(plan(tmp_path), model, files, quiet(), [])
+    assert [command[0] for command in commands] == ["eval", "eval", "score"]
+    seen, blind = (command[command.index("--tasks") + 1 :] for command in commands[:2])
+    types = ["name", "kind", "place", "count", "presence"]
+    assert sorted(seen) == sorted(f"{split}_{type_}" for split in ("demo", "demo_style") for type_ in types)
+    assert sorted(blind) == sorted(f"demo_{type_}" for type_ in types)  # the same questions: asked once
+    assert "--without_image" not in commands[0] and "--without_image" in commands[1]
+    for command in commands[:2]:
+        output = Path(command[command.index("--output") + 1])
+        output.mkdir(parents=True)
+        (output / "results.json").write_text("{}")
+    model.mkdir(parents=True)
+    (model / "scores.jsonl").write_text("")
+    (model / "scores.jsonl.part").write_text("of the model before")
+    ask_and_score(replace(plan(tmp_path), in_parts=True), model, files, quiet(), [])
+    assert len(commands) == 3
+    ask_and_score(plan(tmp_path), model, files, quiet(), [])
+    assert len(commands) == 6 and not (model / "scores.jsonl.part").exists()
 
 
 def write_style(folder, shape):
@@ -222,10 +230,12 @@ def write_recipes(toy):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """The whole demo at toy size: made-up drawings and a random tower, five commands in processes of their own."""
+    """The whole demo at toy size: made-up drawings and a random tower, all commands in processes of their own."""
+    pytest.importorskip("lmms_eval", reason="the extra `eval` is not installed: the demo's evaluation is NOT tested")
     folder = tmp_path_factory.mktemp("demo")
     toy = plan(folder, texts=60)
     write_recipes(toy)
+    shutil.copytree(ROOT / "eval", folder / "eval")
     circle, square = '<circle cx="4" cy="4" r="3" fill="{}"/>', '<rect width="9" height="7" fill="{}"/>'
     assets = Assets(write_tower(folder / "tower"), write_style(folder / "a", circle), write_style(folder / "b", square))
     printed = io.StringIO()
@@ -235,7 +245,7 @@ def finished(tmp_path_factory):
         # few texts suffice where all words come often: of the seeds 0 to 7 this one needs the fewest
         patch.setattr(run, "train_language_model", partial(run.train_language_model, seed=3))
         patch.setattr(run, "NUM_TEST_SCENES", 4)
-        patch.setattr(run, "NUM_HEAT_MAP_ROWS", 2)
+        patch.setattr(run, "NUM_SCORED_SCENES", 3)
         results = run.run_demo(toy, console)
     return toy, results, printed.getvalue()
 
@@ -260,15 +270,38 @@ def test_the_demo_leaves_its_tables_costs_and_picture(finished):
         for type_ in ("all", *QUESTION_TYPES)
     }
     assert all(0 <= area <= 1 for area in result["auc_of_delta"].values())
-    with Image.open(results / "heat_map.png") as picture:
+    with Image.open(results / "pictures" / "heat_map_2.png") as picture:
         assert min(picture.size) > 100
+
+
+@pytest.mark.slow
+def test_the_demo_evaluates_through_lmms_eval_and_ends_with_its_page(finished):
+    _, results, printed = finished
+    last = [row for row in printed.splitlines() if row.strip()][-3:]
+    assert last[0].startswith("results: ") and last[2].startswith("next: cal-train preview ")
+    page = Path(last[1].removeprefix("report: ").split()[0])
+    assert page == results / "report.html" and "heldout_scenes/scene-00000/name" in page.read_text()
+    accuracy = json.loads((results / "results.json").read_text())["accuracy"]
+    for name in ("baseline", "cal"):
+        summary, samples = read_results(results / "eval" / f"{name}-0")
+        assert summary["versions"]["lmms_eval"].startswith("0.7.") and len(samples) == 15
+        blind = read_results(results / "eval" / f"{name}-0-blind")[0]
+        assert blind["settings"]["without_image"] is True and len(blind["tasks"]) == 10
+        for type_ in ("name", "kind", "place", "count"):  # of presence, lmms-eval has POPE's scores
+            for split, task in (("heldout_scenes", "demo"), ("heldout_concepts", "demo_concepts")):
+                (entry,) = [e for e in accuracy if (e["split"], e["type"]) == (split, type_)]
+                metrics = summary["tasks"][f"{task}_{type_}"]["metrics"], blind["tasks"][f"{task}_{type_}"]["metrics"]
+                assert [entry[name], entry[f"{name}_blind"]] == [metric["exact_match"] for metric in metrics]
+    assert "| demo_name |" in (results / "eval" / "compare-0" / "compare.md").read_text()
 
 
 @pytest.mark.slow
 def test_the_demo_notes_what_every_command_cost(finished):
     _, results, _ = finished
     costs = json.loads((results / "costs.json").read_text())
-    commands = ["compose", "train pretrain", "train baseline-0", "train cal-0"]
+    stages = [f"{verb} {name}-0" for name in ("baseline", "cal") for verb in ("train", "eval", "eval", "score")]
+    stages[2], stages[6] = "eval baseline-0-blind", "eval cal-0-blind"
+    commands = ["compose", "train pretrain", *stages, "eval compare-0", "report"]
     assert [cost["command"] for cost in costs[1:]] == commands
     assert all(cost["seconds"] > 0 for cost in costs) and all(cost["peak_memory_gib"] > 0.05 for cost in costs[1:])
     text = (results / "results.md").read_text()

@@ -144,6 +144,11 @@ def wait_for_a_moment(run, pids, chooser, while_saving):
     return True
 
 
+def send_to_all_groups(pids, number):
+    for pid in pids:
+        os.killpg(pid, number)
+
+
 def result_of(run):
     history = json.loads((run / "trainer_state.json").read_text())["log_history"]
     return load_file(run / "adapter_model.safetensors"), [line["loss"] for line in history if "loss" in line]
@@ -186,7 +191,9 @@ def test_killed_at_random_moments_and_resumed_a_run_ends_bit_for_bit_the_same(re
         pytest.param(
             os.killpg, 1, signal.SIGINT, 130, id="ctrl-c"
         ),  # as a terminal does: the loader workers get it too
+        pytest.param(os.killpg, 1, signal.SIGTERM, 143, id="whole-group"),  # as Docker and Kubernetes do
         pytest.param(os.kill, 2, signal.SIGTERM, 143, id="one-rank"),  # as a launcher does
+        pytest.param(send_to_all_groups, 2, signal.SIGTERM, 143, id="whole-job"),  # as `scancel --full` does
     ],
 )
 def test_a_signal_to_one_rank_ends_all_ranks_after_the_same_whole_step(
@@ -195,7 +202,7 @@ def test_a_signal_to_one_rank_ends_all_ranks_after_the_same_whole_step(
     run = tmp_path / "stopped" / "run"
     pids = start(recipe, tmp_path / "stopped", world_size)
     wait_for_a_moment(run, pids, random.Random(SEED), while_saving=False)
-    send(pids[-1], number)
+    send(pids if send is send_to_all_groups else pids[-1], number)
     codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
     assert codes == [code] * world_size, log(tmp_path / "stopped")
     check_it_ran_on(run, world_size)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from cal_train.cli.tower_recipe import load_tower_recipe
 from cal_train.conf_towers import TowerArguments
-from cal_train.data.pair_loader import PairLoader
+from cal_train.data.stream_loader import StreamLoader
 from cal_train.testing import write_tiny_pairs
 from cal_train.train.safe_save import mark_complete
 from cal_train.train.tower_run import set_batch_size, train_towers
@@ -336,7 +336,7 @@ def launch(recipe, output, *options):
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, check=False)
 
 
-class BothRanks(PairLoader):
+class BothRanks(StreamLoader):
     """One process that reads what two ranks read: a batch of rank 0, and behind it that of rank 1."""
 
     def __init__(self, stream, *arguments, **options):
@@ -346,8 +346,8 @@ class BothRanks(PairLoader):
 
     def __iter__(self):
         for first, second in zip(*self.lanes, strict=True):
-            self.last_sample_ids = first.sample_ids + second.sample_ids
-            yield {name: torch.cat([first.inputs[name], second.inputs[name]]) for name in first.inputs}
+            inputs = {name: torch.cat([first.inputs[name], second.inputs[name]]) for name in first.inputs}
+            yield replace(first, inputs=inputs, sample_ids=first.sample_ids + second.sample_ids)
 
 
 CASES = {
@@ -374,7 +374,7 @@ def test_two_ranks_equal_one_process(run, tower_recipe, tmp_path, monkeypatch, o
     done = launch(tower_recipe, tmp_path / "two", *options, *chunk)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert json.loads((tmp_path / "two" / "environment.json").read_text())["world_size"] == 2
-    monkeypatch.setattr("cal_train.train.tower_run.PairLoader", BothRanks)
+    monkeypatch.setattr("cal_train.train.tower_run.StreamLoader", BothRanks)
     one = run(*options)
     losses = [[line["loss"] for line in log_of(folder)] for folder in (tmp_path / "two", one)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)

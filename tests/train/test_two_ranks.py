@@ -271,21 +271,38 @@ def test_fsdp2_on_two_ranks_equals_one_process_with_any_split_of_modalities(tiny
         assert max((before[key] - expected[key]).abs().max() for key in expected) > 1e-3
 
 
-def test_three_ranks_fill_up_an_uneven_last_batch_with_the_first_rows_of_the_epoch(tiny_run, max_difference, tmp_path):
-    rows = json.loads((tiny_run.root / "data" / "data.json").read_text())[:20]
-    (tmp_path / "20.json").write_text(json.dumps(rows))
-    order = [rows[i] for i in ShuffledSampler(NoEpochs(rows), SEED)]
-    filled = [None] * 24
-    for place, row in zip(ShuffledSampler(NoEpochs(filled), SEED), order + order[:4], strict=True):
-        filled[place] = row
-    (tmp_path / "24.json").write_text(json.dumps(filled))
+@pytest.fixture(scope="module")
+def seven_rows(tiny_run, tmp_path_factory):
+    """Seven rows, twice: three ranks with two rows each have one for the last step, two ranks three."""
+    rows = json.loads((tiny_run.root / "data" / "data.json").read_text())[:7]
+    file = tmp_path_factory.mktemp("seven") / "rows.json"
+    file.write_text(json.dumps(rows))
     images = ("--image_folder", str(tiny_run.root / "data" / "images"))
-    options = (*CAL, *images, "--max_steps", "4", "--group_by_modality_length", "false")
-    three = ("--data_path", tmp_path / "20.json", "--per_device_train_batch_size", "2")
-    runs = {"three": ("train", tiny_run.recipe, *options, *three)}
-    several = launch(tmp_path, runs, world_size=3)["three"]
-    one = tiny_run(*options, "--data_path", str(tmp_path / "24.json"), "--per_device_train_batch_size", "6")
-    assert_same_run(several, one, tiny_run.root / "vlm", max_difference)
+    return (*images, "--data_path", str(file), "--max_steps", "-1", "--num_train_epochs", "2")
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_an_uneven_last_step_trains_each_row_once_and_equals_one_process(
+    tiny_run, seven_rows, max_difference, tmp_path, world_size
+):
+    kinds = {
+        "cal": CAL,
+        "plain": (*PLAIN, "--group_by_modality_length", "true"),
+        "packed": (*CAL, "--packing", "true"),
+        # three ranks: the one row of the last step is the only micro-batch, as it is on one process
+        "mean of means": (*CAL, "--loss_normalizer", "micro_batch", "--per_device_train_batch_size", "1"),
+    }
+    two = (*seven_rows, "--per_device_train_batch_size", "2")
+    runs = {name: ("train", tiny_run.recipe, *two, *options) for name, options in kinds.items()}
+    several = launch(tmp_path, runs, world_size)
+    for name, options in kinds.items():
+        size = 1 if name == "mean of means" else 2 * world_size
+        batch = ("--per_device_train_batch_size", str(size))
+        if name == "mean of means":
+            batch = (*batch, "--gradient_accumulation_steps", str(world_size))
+        one = tiny_run(*seven_rows, *options, *batch)
+        assert len(logged(one, "loss")) == 2 * -(-7 // (world_size * (1 if name == "mean of means" else 2)))
+        assert_same_run(several[name], one, tiny_run.root / "vlm", max_difference)
 
 
 SRUN = """#!/bin/bash

@@ -50,6 +50,12 @@ def compare_folders(first: str | Path, second: str | Path, seed: int = 0) -> tup
     if not shared:
         raise ValueError(f"{first} and {second} share no task: {', '.join(one['tasks'])} and {', '.join(two['tasks'])}")
     lines, left_out = [], [f"task {task}: only in one of the two" for task in sorted({*one["tasks"]} ^ {*two["tasks"]})]
+    left_out += [
+        f"{name} was {one['settings'].get(name, 'off')} and {two['settings'].get(name, 'off')}, so the difference is "
+        "not the model's alone"
+        for name in ("without_image", "vcd_alpha", "vcd_beta")
+        if one["settings"].get(name) != two["settings"].get(name)
+    ]
     for task in shared:
         left_out += [
             f"task {task}: {part} differs, so the difference is not the model's alone"

@@ -24,7 +24,8 @@ from tqdm import tqdm
 from transformers import AutoModelForImageTextToText
 
 from cal_train.data.processor import load_processor
-from cal_train.evals.lmms.prompts import make_prompter
+from cal_train.evals.lmms.prompts import make_prompter, without_marks
+from cal_train.models.contrast import ImageContrast, check_contrast
 from cal_train.models.families import FAMILIES
 
 logger = logging.getLogger(__name__)
@@ -65,6 +66,10 @@ class CalTrain(lmms):
         batch_size: Documents, or choices, of a forward pass.
         max_batch_size: Unused; lmms-eval passes it for automatic batch sizes, which there are none of.
         attn_implementation: Name of an attention of transformers.
+        vcd_alpha: Strength of contrastive decoding (`cal_train.models.contrast`); 0 is plain decoding. Log-likelihood
+            tasks are not decoded and stay as they are.
+        vcd_beta: Share of the largest probability that a token must have to be chosen by contrastive decoding.
+        without_image: Ask every document without its images: what a model knows, or guesses, without looking.
     """
 
     is_simple = True
@@ -77,6 +82,9 @@ class CalTrain(lmms):
         batch_size: int | str = 1,
         max_batch_size: int | None = None,
         attn_implementation: str | None = None,
+        vcd_alpha: float = 0.0,
+        vcd_beta: float = 0.1,
+        without_image: bool = False,
     ):
         super().__init__()
         check_model_folder(pretrained)
@@ -84,6 +92,13 @@ class CalTrain(lmms):
             raise ValueError(f"batch_size {batch_size!r} is not a positive number")
         if dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise ValueError(f"dtype {dtype!r} is not one of auto, float32, bfloat16, float16")
+        check_contrast(float(vcd_alpha), float(vcd_beta))
+        if without_image not in (True, False):
+            raise ValueError(f"without_image {without_image!r} is neither True nor False")
+        if without_image and vcd_alpha:
+            raise ValueError("vcd_alpha contrasts with and without the image: leave it, or without_image, out")
+        self.vcd_alpha, self.vcd_beta = float(vcd_alpha), float(vcd_beta)
+        self.without_image = bool(without_image)
         self.batch_size = int(batch_size)
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
@@ -102,10 +117,13 @@ class CalTrain(lmms):
         for numbers in self._batches(requests, lambda args: repr(sorted(args[1].items()))):
             chosen = [_arguments(requests[n]) for n in numbers]
             with _named(chosen[0][4], [args[3] for args in chosen]):
-                questions = [(args[0], self._images(*args[2:6])) for args in chosen]
+                questions = [self._question(args[0], *args[2:6]) for args in chosen]
                 texts = [self.prompter.prompt(text, len(images)) for text, images in questions]
                 inputs = self._inputs(texts, [image for _, images in questions for image in images])
                 options = self._generation_options(chosen[0][1], chosen[0][4])
+                if self.vcd_alpha:
+                    contrast = ImageContrast(self.model, inputs, self.vcd_alpha, self.vcd_beta)
+                    options["logits_processor"] = [contrast]
                 ids = self.model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
                 answers |= dict(
                     zip(numbers, self.processor.tokenizer.batch_decode(ids, skip_special_tokens=True), strict=True)
@@ -119,6 +137,8 @@ class CalTrain(lmms):
         Summed over the answer's tokens, its end mark left out. lmms-eval takes the smallest for the best, and makes
         text of all but a `GenerationResult`.
         """
+        if self.vcd_alpha and self._rank == 0:
+            _say_once("contrastive decoding has no effect on tasks that score given answers")
         results: dict[int, GenerationResult] = {}
         for numbers in self._batches(requests, lambda args: ""):
             chosen = [_arguments(requests[n]) for n in numbers]
@@ -136,7 +156,7 @@ class CalTrain(lmms):
         texts, images, tails = [], [], []
         for text, target, to_visual, doc_id, task, split in chosen:
             answer = target if isinstance(target, str) else target(self.task_dict[task][split][doc_id])
-            own = self._images(to_visual, doc_id, task, split)
+            text, own = self._question(text, to_visual, doc_id, task, split)
             prompt, whole = self.prompter.prompt_and_answer(text, len(own), answer)
             prompt_ids, ids = (tokenizer(t, add_special_tokens=False)["input_ids"] for t in (prompt, whole))
             shared = next((i for i, (a, b) in enumerate(zip(prompt_ids, ids, strict=False)) if a != b), len(prompt_ids))
@@ -157,12 +177,15 @@ class CalTrain(lmms):
             scores.append((loss, bool((log_probs.argmax(-1) == target_ids).all())))
         return scores
 
-    def _images(self, to_visual: Any, doc_id: Any, task: str, split: str) -> list[Image.Image]:
+    def _question(self, text: str, to_visual: Any, doc_id: Any, task: str, split: str) -> tuple[str, list[Image.Image]]:
+        """Return a document's text and images, as they are to be asked."""
+        if self.without_image:
+            return without_marks(text), []
         images = list(to_visual(self.task_dict[task][split][doc_id]) or [])
         for image in images:
             if not isinstance(image, Image.Image):
                 raise ValueError(f"document {doc_id} shows a {type(image).__name__}: this model takes pictures only")
-        return [image.convert("RGB") for image in images]
+        return text, [image.convert("RGB") for image in images]
 
     def _inputs(self, texts: list[str], images: list[Image.Image]) -> dict[str, Tensor]:
         batch = self.processor(

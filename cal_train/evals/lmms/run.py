@@ -38,6 +38,7 @@ def evaluate(
     device: str | None = None,
     dtype: str = "auto",
     through: Literal["cal_train", "llava_hf"] = "cal_train",
+    asking: Mapping[str, Any] | None = None,
 ) -> dict[str, Any] | None:
     """Evaluate a model folder on a suite and write the results folder; return its summary on rank 0, None elsewhere.
 
@@ -50,6 +51,7 @@ def evaluate(
         device: Such as ``cpu``. Default: what accelerate picks.
         dtype: Of the weights; ``auto`` is as saved.
         through: Our model of lmms-eval, or its own one for LLaVA and LLaVA-NeXT (one document at a time).
+        asking: What our model is to do differently: its arguments ``vcd_alpha``, ``vcd_beta``, ``without_image``.
 
     Raises:
         ValueError: If the model folder or a task cannot be used, or a task has no documents.
@@ -61,7 +63,7 @@ def evaluate(
     check_tasks(suite, tasks.all_tasks)
     started = time.perf_counter()
     limit = limit or suite.limit
-    evaluated = _load(through, str(model), batch_size, device, dtype)
+    evaluated = _load(through, str(model), batch_size, device, dtype, asking or {})
     found = simple_evaluate(
         model=evaluated,
         tasks=list(suite.tasks),
@@ -81,6 +83,7 @@ def evaluate(
         "ranks": evaluated.world_size,
         "dtype": dtype,
         "limit": limit,
+        **(asking or {}),
         "prompt_variant": suite.prompt_variant,
         "chat_template_sha256": _template_hash(Path(model)),
         "seconds": round(time.perf_counter() - started, 1),
@@ -135,9 +138,11 @@ def _task_manager(suite: Suite) -> TaskManager:
     return TaskManager("WARNING", **options)
 
 
-def _load(through: str, model: str, batch_size: int, device: str | None, dtype: str) -> lmms:
+def _load(through: str, model: str, batch_size: int, device: str | None, dtype: str, asking: Mapping[str, Any]) -> lmms:
     if through == MODEL_ID:
-        return CalTrain(model, device, dtype, batch_size)
+        return CalTrain(model, device, dtype, batch_size, **asking)
+    if asking:
+        raise ValueError(f"{', '.join(asking)}: only our own model of lmms-eval can do that, not {through}")
     theirs: Callable[..., lmms] = get_model(through, force_simple=True)
     device = device or "cuda"
     return theirs(pretrained=model, batch_size=batch_size, device=device, device_map=device, dtype=dtype)

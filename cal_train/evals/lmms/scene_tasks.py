@@ -6,9 +6,13 @@ picture tells).
 
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
+
+SCENE_TABLES = Path(".cache/demo/eval")
+"""Where the task files look for the demo's scenes, from the root of the repository."""
 
 
 def doc_to_visual(doc: Mapping[str, Any]) -> list[Image.Image]:

@@ -1,8 +1,8 @@
 """Suites: YAML files that pin which tasks of lmms-eval are run, with which prompts, on how much of their data."""
 
 import difflib
-from collections.abc import Collection
-from dataclasses import dataclass, fields
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,19 @@ def load_suite(path: str | Path) -> Suite:
     }
     options: dict[str, Any] = values | places | {"tasks": tuple(tasks)}
     return Suite(path.stem, **options)
+
+
+def only_tasks(suite: Suite, tasks: Sequence[str]) -> Suite:
+    """Return the suite with some of its tasks, in its order.
+
+    Raises:
+        ValueError: If one of them is not in the suite, or none is given.
+    """
+    if other := [task for task in tasks if task not in suite.tasks]:
+        raise ValueError(f"suite {suite.name} has no task {other[0]!r}: {nearest(other[0], suite.tasks)}")
+    if not tasks:
+        raise ValueError(f"no task of suite {suite.name} is named: it has {', '.join(suite.tasks)}")
+    return replace(suite, tasks=tuple(task for task in suite.tasks if task in tasks))
 
 
 def check_tasks(suite: Suite, known: Collection[str]) -> None:

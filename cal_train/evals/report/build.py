@@ -1,5 +1,6 @@
 """From one or two paths to a page, and to pictures: reads what is there and joins it."""
 
+import dataclasses
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from cal_train.data.score_notes import file_digest, read_about
 from cal_train.evals.report.page import PageContent, ScoredModel
 from cal_train.evals.report.run_folder import ReportSource, merge_curves, read_source
 from cal_train.evals.report.samples import find_samples, thumbnails
 from cal_train.evals.report.scores import pair_up, read_scores
 from cal_train.evals.report.summary import surprises
-from cal_train.evals.score_parts import file_digest, read_about
 from cal_train.types import Sample
 
 logger = logging.getLogger(__name__)
@@ -69,9 +70,7 @@ def gather(
     limits = abouts[0].get("weighting", {}) if abouts else {}
     return PageContent(
         title=" and ".join(_names(sources)),
-        models=[
-            ScoredModel(name, model.rows, model.max_length) for name, model in zip(_names(scored), models, strict=True)
-        ],
+        models=[dataclasses.replace(model, name=name) for name, model in zip(_names(scored), models, strict=True)],
         low=_limit(low, limits, "low", 1.0),
         high=_limit(high, limits, "high", 5.0),
         samples=samples,
@@ -86,7 +85,7 @@ def _model(source: ReportSource, about: dict[str, Any]) -> ScoredModel:
     assert source.scores is not None
     token, max_length = about.get("image_token_id"), about.get("max_length")
     rows = read_scores(source.scores, token if isinstance(token, int) else None)
-    return ScoredModel(source.name, rows, max_length if isinstance(max_length, int) else None)
+    return ScoredModel(source.name, rows, max_length if isinstance(max_length, int) else None, source.scores)
 
 
 def _names(sources: Sequence[ReportSource]) -> list[str]:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,13 @@ from markupsafe import Markup
 
 from cal_train.evals.report.charts import curve_chart, histogram_chart
 from cal_train.evals.report.checks import Finding, find_problems
+from cal_train.evals.report.map_payload import map_records
 from cal_train.evals.report.run_folder import Curves, ResultTable
 from cal_train.evals.report.samples import Sample, prompt_of
 from cal_train.evals.report.scores import ScoredRow
 from cal_train.evals.report.summary import Summary, bin_edges, summarize, surprises
 from cal_train.evals.report.words import CLASSES
+from cal_train.evals.sight.values import SampleSight
 
 MAX_SAMPLES = 50_000
 MAX_TOKENS = 3_000_000
@@ -38,11 +40,12 @@ _STEERING = re.compile(
 
 @dataclass(frozen=True)
 class ScoredModel:
-    """The scores of one model; ``max_length`` as in the run that scored, if known."""
+    """The scores of one model; ``max_length`` as in the run that scored, if known; the file that they are from."""
 
     name: str
     rows: Sequence[ScoredRow]
     max_length: int | None = None
+    scores: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,8 @@ class PageContent:
     """Everything that a page shows. ``models`` are none, one, or a pair of equal samples; limits in logits.
 
     ``samples`` and ``thumbnails`` are as from `cal_train.evals.report.samples`; ``notes`` are sentences about what the
-    page leaves out.
+    page leaves out. ``maps`` are by sample and model, see `cal_train.evals.report.maps`; ``map_layers`` the first and
+    last layer whose attention they average, None for all.
     """
 
     title: str
@@ -62,6 +66,8 @@ class PageContent:
     curves: Curves
     tables: Sequence[ResultTable]
     notes: Sequence[str] = ()
+    maps: dict[int, list[SampleSight]] = field(default_factory=dict)
+    map_layers: tuple[int, int] | None = None
 
 
 def write_page(content: PageContent, output: str | Path) -> Path:
@@ -113,6 +119,8 @@ def render_page(content: PageContent) -> str:
         is_number=lambda cell: cell[:1] in "0123456789+-.[",
         notes=notes,
         num_samples=num_samples,
+        num_maps=len(content.maps),
+        map_layers=content.map_layers,
         data=Markup(script_json(payload(content, shown))),
         images=Markup(script_json(list(content.thumbnails.values()))),
     )
@@ -129,6 +137,8 @@ def num_shown(models: Sequence[ScoredModel]) -> int:
 def payload(content: PageContent, shown: int) -> dict[str, Any]:
     """Return what the heat map is drawn from, as plain values: numbers in logits, rounded to hundredths."""
     vocabulary: dict[str, int] = {}
+    pictures: dict[str, int] = {}
+    words: dict[str, int] = {}
     place_of = {image: k for k, image in enumerate(content.thumbnails)}
     surprise = surprises(content.models[0].rows) if content.models else np.empty(0)
     records = []
@@ -146,12 +156,16 @@ def payload(content: PageContent, shown: int) -> dict[str, Any]:
                 "scores": [_scores(model.rows[i]) for model in content.models],
             }
         )
+        if i in content.maps:
+            records[-1]["maps"] = map_records(content.maps[i], pictures, words, visible_text)
     return {
         "names": [visible_text(model.name) for model in content.models],
         "low": content.low,
         "high": content.high,
         "vocabulary": list(vocabulary),
         "samples": records,
+        "pictures": list(pictures),
+        "words": list(words),
     }
 
 

@@ -1,4 +1,4 @@
-"""The page's histogram and first heat maps as PNG, for papers."""
+"""The page's pictures as PNG, for papers."""
 
 from pathlib import Path
 
@@ -9,6 +9,7 @@ from PIL import Image
 
 from cal_train.data.images import open_image
 from cal_train.evals.heatmap import ScoredSample, draw_heat_map
+from cal_train.evals.report.map_pictures import write_map_pictures
 from cal_train.evals.report.page import PageContent, visible_text
 from cal_train.evals.report.samples import prompt_of
 from cal_train.evals.report.summary import Summary, bin_edges, summarize
@@ -19,7 +20,7 @@ _COLOURS = ("#c2410c", "#b88a00", "#4b7a8c", "#b9b3a5")
 
 
 def write_pictures(content: PageContent, folder: str | Path) -> list[Path]:
-    """Write ``histogram.png`` and one ``heat_map*.png`` per model, of the first samples; return the paths.
+    """Write ``histogram.png``, one ``heat_map*.png`` per model, of the first samples, and all maps; return the paths.
 
     Raises:
         ValueError: If there are no scores to draw.
@@ -40,7 +41,7 @@ def write_pictures(content: PageContent, folder: str | Path) -> list[Path]:
             for i, row in enumerate(model.rows[:NUM_HEAT_MAPS])
         ]
         written.append(draw_heat_map(samples, folder / name, content.low, content.high))
-    return written
+    return written + write_map_pictures(content, folder)
 
 
 def draw_histogram(summaries: dict[str, Summary], low: float, high: float, output: Path) -> Path:

@@ -1,7 +1,7 @@
 """Score files to samples, checked line by line: a report may be made of a file that somebody else wrote."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,12 @@ def read_scores(path: str | Path, image_token_id: int | None = None) -> list[Sco
     if not rows:
         raise ValueError(f"score file {path} has no samples: nothing was scored")
     return rows
+
+
+def read_input_ids(path: str | Path, wanted: Container[int]) -> dict[int, np.ndarray]:
+    """Return the token ids (S,) int64 of some samples of a score file that `read_scores` has read, by line from 0."""
+    with Path(path).open("rb") as file:
+        return {i: np.asarray(json.loads(line)["input_ids"], np.int64) for i, line in enumerate(file) if i in wanted}
 
 
 def _row(record: Any, image_token_id: int | None, texts: dict[str, str]) -> ScoredRow:

@@ -10,6 +10,7 @@ from cal_train.data.dataset import VlmDataset
 from cal_train.data.processor import load_processor
 from cal_train.data.sources import Source
 from cal_train.evals.lmms.prompts import make_prompter
+from cal_train.models.contrast import ImageContrast
 from cal_train.testing import tiny_processor, tiny_tokenizer, write_tiny_vlm
 
 pytest.importorskip("lmms_eval", reason="the extra `eval` is not installed: lmms-eval is NOT tested")
@@ -59,15 +60,15 @@ def requests_of(docs, kind="generate_until", choices=CHOICES):
     return requests
 
 
-def ours(folder, docs, batch_size=1):
+def ours(folder, docs, batch_size=1, **options):
     from cal_train.evals.lmms.plugin import CalTrain
 
-    model = CalTrain(str(folder), device="cpu", dtype="float32", batch_size=batch_size)
+    model = CalTrain(str(folder), device="cpu", dtype="float32", batch_size=batch_size, **options)
     model.task_dict = {"toy": {"test": docs}}
     return model
 
 
-def by_hand(folder, doc):
+def by_hand(folder, doc, contrast=None):
     """The prompt in plain words and what transformers' own generate makes of it, one document at a time."""
     processor = AutoProcessor.from_pretrained(folder, backend="pil")
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
@@ -78,7 +79,8 @@ def by_hand(folder, doc):
     )  # fmt: skip
     inputs = processor(images=doc["images"] or None, text=text, add_special_tokens=False, return_tensors="pt")
     with torch.no_grad():
-        ids = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
+        extra = {} if contrast is None else {"logits_processor": [ImageContrast(model, inputs, *contrast)]}
+        ids = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, **extra)
     return processor.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
@@ -105,6 +107,43 @@ def test_answers_equal_those_of_llava_hf(folders, family):
     assert len(set(expected)) >= 3
     for batch_size in (1, 8):
         assert ours(folders[family], docs, batch_size).generate_until(requests_of(docs)) == expected, batch_size
+
+
+def test_contrastive_answers_are_those_of_one_document_at_a_time(folders):
+    docs = documents([1, 2, 1, 0, 1, 1])
+    expected = [by_hand(folders["llava"], doc, (2.0, 0.05)) for doc in docs]
+    assert sum(a != by_hand(folders["llava"], doc) for a, doc in zip(expected, docs, strict=True)) >= 3
+    for batch_size in (1, 4):
+        model = ours(folders["llava"], docs, batch_size, vcd_alpha=2.0, vcd_beta=0.05)
+        assert model.generate_until(requests_of(docs)) == expected, batch_size
+
+
+def test_documents_without_their_images_are_questions_of_text_alone(folders):
+    docs = documents([1, 2, 1, 0])
+    docs[2]["question"] = "<image>\nleft of <image>a dog?"
+    blind = [{**doc, "images": []} for doc in docs]
+    blind[2]["question"] = "left of a dog?"
+    expected = [by_hand(folders["llava"], doc) for doc in blind]
+    model = ours(folders["llava"], docs, 2, without_image=True)
+    assert model.generate_until(requests_of(docs)) == expected
+    assert expected[:2] != [by_hand(folders["llava"], doc) for doc in docs[:2]]
+    requests, plain = requests_of(docs, "loglikelihood", [" dog"]), requests_of(blind, "loglikelihood", [" dog"])
+    found, wanted = ours(folders["llava"], docs, without_image=True), ours(folders["llava"], blind)
+    assert [r.text for r in found.loglikelihood(requests)] == [r.text for r in wanted.loglikelihood(plain)]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"vcd_alpha": -1.0}, "vcd_alpha -1"),
+        ({"vcd_alpha": 1.0, "vcd_beta": 2.0}, "vcd_beta 2"),
+        ({"vcd_alpha": 1.0, "without_image": True}, "with and without the image"),
+        ({"without_image": "yes"}, "neither True nor False"),
+    ],
+)
+def test_ways_to_ask_that_make_no_sense_are_refused(folders, options, message):
+    with pytest.raises(ValueError, match=message):
+        ours(folders["llava"], [], **options)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

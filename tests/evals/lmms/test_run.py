@@ -107,6 +107,37 @@ def test_llava_hf_and_our_model_give_the_same_answers_and_scores(place, batched,
     assert main(["eval", "compare", str(batched), str(tmp_path / "theirs")]) == 0
 
 
+def test_ways_to_ask_are_recorded_and_a_comparison_says_so(place, batched, tmp_path, capsys):
+    few = ["--tasks", "demo_count", "demo_name", "--batch_size", "5"]
+    assert main(command(place, "demo", tmp_path / "vcd", *few, "--vcd_alpha", "2.5")) == 0
+    _, answers, summary = told(tmp_path / "vcd")
+    _, plain, before = told(batched)
+    assert list(answers) == ["demo_count", "demo_name"] and answers["demo_name"] != plain["demo_name"]
+    assert (summary["settings"]["vcd_alpha"], summary["settings"]["vcd_beta"]) == (2.5, 0.1)
+    assert "vcd_alpha" not in before["settings"] and "- vcd_alpha: 2.5" in (tmp_path / "vcd/results.md").read_text()
+    assert main(command(place, "demo", tmp_path / "blind", *few, "--without_image", "true")) == 0
+    _, blind, summary = told(tmp_path / "blind")
+    assert summary["settings"]["without_image"] is True and blind["demo_name"] != plain["demo_name"]
+    capsys.readouterr()
+    assert main(["eval", "compare", str(tmp_path / "vcd"), str(tmp_path / "blind")]) == 0
+    told_so = capsys.readouterr().out.replace("\n", " ")
+    assert "vcd_alpha was 2.5 and off" in told_so and "without_image was off and True" in told_so
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--vcd_beta", "0.2"], "belongs to --vcd_alpha"),
+        (["--tasks", "demo_nam"], "no task 'demo_nam': did you mean demo_name"),
+        (["--through", "llava_hf", "--without_image", "true"], "only our own model"),
+    ],
+)
+def test_options_that_do_not_go_together_are_one_message(place, tmp_path, capsys, options, message):
+    assert main(command(place, "demo", tmp_path / "out", *options)) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
 def test_two_ranks_give_the_answers_of_one(place, batched, tmp_path):
     launch = ["accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--mixed_precision", "no"]

@@ -11,6 +11,7 @@ from PIL import Image
 
 from cal_train.evals.report.page import PageContent, ScoredModel, write_page
 from cal_train.evals.report.scores import ScoredRow
+from cal_train.evals.sight.values import SampleSight, View
 from cal_train.types import Message, Sample
 
 pytestmark = pytest.mark.slow
@@ -60,9 +61,14 @@ def open_page(browser, tmp_path, models, samples=(), thumbnails=None):
     page = write_page(content, tmp_path / "page.html")
     browser.get_log("browser")
     browser.get(page.as_uri())
+    wait_for_samples(browser)
+    return page
+
+
+def wait_for_samples(browser):
     for _ in range(100):  # the driver may return before a large page has run its script
         if find(browser, "#count") and find(browser, "#count")[0].text:
-            return page
+            return
         time.sleep(0.1)
     raise AssertionError(f"the page drew nothing in 10 s; log: {browser.get_log('browser')}")
 
@@ -139,6 +145,59 @@ def test_the_policy_would_stop_a_script_that_got_in(browser, tmp_path):
     time.sleep(0.3)
     assert browser.execute_script("return window.hacked") is None
     assert any("Content Security Policy" in entry["message"] for entry in browser.get_log("browser"))
+
+
+def test_maps_follow_the_token_and_nearest_words_lie_over_their_patches(browser, tmp_path):
+    from selenium.webdriver import ActionChains, Keys
+
+    rng = np.random.default_rng(0)
+    tokens = [" a", " red", " fox"]
+    models = [ScoredModel(name, [row("s1", tokens, rng), row("s2", tokens, rng)]) for name in ("baseline", "cal")]
+    sights = []
+    for turn in (0, 1):  # three tokens, a 2 x 3 grid whose last patch is no token; the second model looks the other way
+        attention = np.full((3, 5), 0.01, np.float32)
+        for k, strongest in enumerate([(0, 1), (1, 4), (4, 0)]):
+            attention[k, strongest[turn]] = 0.2
+        view = View(0, "whole", np.full((20, 30, 3), 200, np.uint8), np.array([[0, 1, 2], [3, 4, -1]]))
+        words = (" sky", HOSTILE, "<0x0A>", " fox", "\n")
+        sights.append(SampleSight([view], attention, words, np.linspace(0.1, 0.5, 5, dtype=np.float32)))
+    content = PageContent("A page", models, 1.0, 5.0, [], {}, {}, [], maps={1: sights})
+    browser.get(write_page(content, tmp_path / "page.html").as_uri())
+    wait_for_samples(browser)
+    first, second = find(browser, ".sample")
+    assert first.find_elements("css selector", ".maps") == [] and len(find(browser, ".maps canvas")) == 2
+
+    def hottest():
+        """For each canvas, the (column, row) that is reddest, as painted, and whether the last patch is untouched."""
+        return browser.execute_script("""
+            return [...document.querySelectorAll(".views canvas")].map((canvas) => {
+              const pixels = canvas.getContext("2d").getImageData(0, 0, 3, 2).data;
+              const red = [0, 1, 2, 3, 4].map((i) => pixels[4 * i] * pixels[4 * i + 3]);
+              const best = red.indexOf(Math.max(...red));
+              return [best % 3, Math.floor(best / 3), pixels[4 * 5 + 3]];
+            });
+        """)
+
+    answers = second.find_elements("css selector", ".answer")
+    ActionChains(browser).move_to_element(answers[0].find_elements("css selector", ".tok")[1]).perform()
+    assert hottest() == [[1, 0, 0], [1, 1, 0]]  # image tokens 1 and 4
+    looked = [element.text for element in find(browser, ".looked")]
+    assert looked == ["red: 24 % of its attention on the image, 20 % on the strongest patch"] * 2
+    browser.execute_script("arguments[0].focus()", answers[1].find_elements("css selector", ".tok")[0])
+    browser.switch_to.active_element.send_keys(Keys.END)
+    assert hottest() == [[1, 1, 0], [0, 0, 0]]  # fox: 4 and 0
+    assert "row 2 of 2, column 2 of 3" in find(browser, ".views canvas")[0].get_attribute("aria-label")
+
+    summary = find(browser, ".nearest summary")[0]
+    assert "40 % of 5" in summary.text  # sky and fox; 2 of 5
+    summary.click()
+    time.sleep(0.3)
+    cells = find(browser, ".nearest")[0].find_elements("css selector", ".words span")
+    shown = [cell.get_attribute("textContent") for cell in cells]
+    assert shown == ["sky", HOSTILE.replace("\u202e", "[U+202E]"), "<0x0A>", "fox", "\u23ce", ""]
+    assert [cell.get_attribute("class") for cell in cells] == ["readable", "", "", "readable", "", ""]
+    assert cells[3].get_attribute("title") == "fox, cosine 0.40"
+    assert browser.execute_script("return window.hacked") is None and browser.get_log("browser") == []
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -39,6 +39,7 @@
     high: (sample) => -mean(sample.scores[0][DELTA]),
     against: (sample) => smallest(sample.scores[0][DELTA]),
     change: (sample) => -change(sample),
+    maps: (sample) => (sample.maps ? 0 : 1),
   };
 
   const textOf = (sample) => sample.tokens.map((token) => data.vocabulary[token]).join("");
@@ -97,6 +98,91 @@
     return image;
   };
 
+  // Maps: one figure per model, its pictures with a canvas over each that has one pixel per image token.
+  const strongest = (sample) => {
+    const deltas = sample.scores.at(-1)[DELTA];
+    const isWord = (k) => /\p{L}{2}/u.test(data.vocabulary[sample.tokens[k]]);
+    return deltas.reduce((best, delta, k) => (isWord(k) && (!isWord(best) || delta > deltas[best]) ? k : best), 0);
+  };
+  const percent = (share) => `${(100 * share).toFixed(share < 0.0995 ? 1 : 0)} %`;
+  const tokenText = (sample, k) => data.vocabulary[sample.tokens[k]].replaceAll("\n", "⏎").trim() || "space";
+
+  const drawView = (view, alt) => {
+    const frame = make("div", "view");
+    const image = make("img");
+    image.src = data.pictures[view.picture];
+    image.alt = alt;
+    frame.append(image);
+    frame.style.setProperty("--shape", `${view.columns} / ${view.rows}`);
+    frame.style.setProperty("--columns", view.columns);
+    return frame;
+  };
+
+  const drawNearest = (map, view) => {
+    const frame = drawView(view, `${view.name}, dimmed behind the nearest words`);
+    const grid = make("div", "words");
+    for (const token of view.tokens) {
+      const cell = make("span", token >= 0 && map.legible[token] ? "readable" : "", token >= 0 ? data.words[map.words[token]].replaceAll("\n", "⏎").trim() || "␣" : "");
+      if (token >= 0) cell.title = `${cell.textContent}, cosine ${plain(map.cosines[token])}`;
+      grid.append(cell);
+    }
+    frame.append(grid);
+    return frame;
+  };
+
+  const drawMaps = (sample) => {
+    const row = make("div", "maps");
+    sample.maps.forEach((map, model) => {
+      const figure = make("figure", "map");
+      const caption = make("figcaption");
+      if (data.names.length > 1) caption.append(make("b", "", data.names[model]), " ");
+      caption.append(make("span", "looked"));
+      const views = make("div", "views");
+      for (const view of map.views) {
+        const frame = drawView(view, `${view.name}: what the vision tower sees of ${sample.id}`);
+        const canvas = make("canvas");
+        [canvas.width, canvas.height] = [view.columns, view.rows];
+        canvas.setAttribute("role", "img");
+        frame.append(canvas);
+        if (map.views.length > 1) frame.append(make("span", "name", view.name));
+        views.append(frame);
+      }
+      const nearest = make("details", "nearest");
+      nearest.append(make("summary", "", `Nearest words: ${percent(map.readable)} of ${map.words.length.toLocaleString("en")} image tokens readable`));
+      nearest.addEventListener("toggle", () => {
+        if (nearest.childElementCount === 1) nearest.append(...map.views.map((view) => drawNearest(map, view)));
+      });
+      figure.append(caption, views, nearest);
+      row.append(figure);
+    });
+    return row;
+  };
+
+  const look = (article, sample, k) => {
+    article.querySelectorAll(".map").forEach((figure, model) => {
+      const map = sample.maps[model], size = map.words.length;
+      map.bytes ??= Uint8Array.from(atob(map.attention), (character) => character.charCodeAt(0));
+      const text = tokenText(sample, k);
+      figure.querySelector(".looked").replaceChildren(make("bdi", "", text), `: ${percent(map.totals[k])} of its attention on the image, ${percent(map.peaks[k])} on the strongest patch`);
+      figure.querySelectorAll(".views canvas").forEach((canvas, which) => {
+        const view = map.views[which], context = canvas.getContext("2d");
+        context.clearRect(0, 0, view.columns, view.rows);
+        let best = -1, place = 0;
+        view.tokens.forEach((token, cell) => {
+          if (token < 0) return;
+          const value = map.bytes[k * size + token] / 255;
+          if (value > best) [best, place] = [value, cell];
+          const x = cell % view.columns, y = Math.floor(cell / view.columns);
+          context.fillStyle = `rgb(0 0 0 / ${0.62 * (1 - value)})`;
+          context.fillRect(x, y, 1, 1);
+          context.fillStyle = `rgb(255 96 0 / ${0.6 * value})`;
+          context.fillRect(x, y, 1, 1);
+        });
+        canvas.setAttribute("aria-label", `attention of ${text}, ${view.name}: strongest in row ${Math.floor(place / view.columns) + 1} of ${view.rows}, column ${(place % view.columns) + 1} of ${view.columns}`);
+      });
+    });
+  };
+
   const drawSample = (number) => {
     const sample = data.samples[number];
     const article = make("article", "sample");
@@ -111,6 +197,10 @@
       side.append(drawAnswer(sample, number, model));
     });
     article.append(side);
+    if (sample.maps) {
+      article.append(drawMaps(sample));
+      look(article, sample, strongest(sample));
+    }
     return article;
   };
 
@@ -144,7 +234,8 @@
       row.append(make("th", "", label), ...sample.scores.map((scores) => make("td", "", form(scores[which][k]))));
       table.append(row);
     }
-    reading.replaceChildren(make("b", "", data.vocabulary[sample.tokens[k]].replaceAll("\n", "⏎").trim() || "space"), table);
+    if (sample.maps) look(token.closest(".sample"), sample, k);
+    reading.replaceChildren(make("b", "", tokenText(sample, k)), table);
     hide();
     const answers = [...token.closest(".sample").querySelectorAll(".answer")];
     for (const answer of answers) {
@@ -155,9 +246,10 @@
     const box = token.getClientRects()[0] ?? token.getBoundingClientRect();
     const bottom = answers.length > 1 ? Math.max(box.bottom, answers.at(-1).getBoundingClientRect().bottom) : box.bottom;
     const left = Math.min(box.left, document.documentElement.clientWidth - reading.offsetWidth - 8);
-    const below = bottom + 8 + reading.offsetHeight < window.innerHeight;
+    const above = (sample.maps ? answers[0].getBoundingClientRect().top : box.top) - reading.offsetHeight - 6;
+    const below = bottom + 8 + reading.offsetHeight < window.innerHeight && !(sample.maps && above > 0); // not over the maps
     reading.style.left = `${Math.max(8, left) + window.scrollX}px`;
-    reading.style.top = `${(below ? bottom + 6 : box.top - reading.offsetHeight - 6) + window.scrollY}px`;
+    reading.style.top = `${(below ? bottom + 6 : above) + window.scrollY}px`;
   };
   const hide = () => {
     reading.hidden = true;

@@ -1,70 +1,111 @@
-"""The endless supply of batches: workers that follow the plan, a position that is a number, and the bookkeeping."""
+"""The endless supply of batches: workers that follow the plan, a position that is a number, and the bookkeeping.
+
+It serves pairs (`cal_train.data.pair_batches`) and samples (`cal_train.data.sample_stream`) alike: what a row is, and
+how rows become a batch, is said by the blocks and by the `MakeBatch` that a stream is given.
+"""
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from cal_train.data.pair_batches import BatchMaker, PairBatch
-from cal_train.data.pair_files import Blocks, open_source
-from cal_train.data.pair_plan import EpochPlan, Share
-from cal_train.data.pairs import Pair, PairSource
+from cal_train.data.stream_files import Blocks
+from cal_train.data.stream_plan import EpochPlan, Share
+from cal_train.data.workers import loader_context
 from cal_train.types import DropCount, Problem
 
 logger = logging.getLogger(__name__)
 
+Row = TypeVar("Row")
+Row_contra = TypeVar("Row_contra", contravariant=True)
 
-class PairStream(IterableDataset):
+
+@dataclass(frozen=True)
+class StreamBatch:
+    """A batch and what it cost.
+
+    Attributes:
+        inputs: What the model is given.
+        sample_ids: Names of the rows.
+        dropped: Bad rows that were to be in this batch, or to stand in for one.
+        num_cut: Texts that lost tokens to the length limit.
+        num_repeated: Rows that stand in for bad ones and so occur a second time in the epoch.
+    """
+
+    inputs: dict[str, Any]
+    sample_ids: list[str]
+    dropped: list[Problem] = field(default_factory=list)
+    num_cut: int = 0
+    num_repeated: int = 0
+
+
+class MakeBatch(Protocol[Row_contra]):
+    """Turns rows of a window into a batch."""
+
+    def __call__(
+        self,
+        window: Sequence[Row_contra | Problem],
+        chosen: Sequence[int],
+        spare: Iterable[int],
+        rng: np.random.Generator,
+    ) -> StreamBatch:
+        """Return the batch of the ``chosen`` rows of a window; those of ``spare`` may stand in for bad ones."""
+        ...
+
+
+class RowStream(IterableDataset, Generic[Row]):
     """The batches of one rank, from a position on; every worker makes those whose number is its own modulo workers."""
 
     def __init__(
         self,
-        sources: Sequence[PairSource],
-        maker: BatchMaker,
-        batch_size: int,
+        blocks: Sequence[Blocks[Row]],
+        weights: Sequence[float],
+        make_batch: MakeBatch[Row],
+        rows_per_batch: int,
         share: Share = Share(),  # noqa: B008 (frozen)
         shuffle_pool: int = 4096,
         seed: int = 0,
+        layout: Mapping[str, Any] | None = None,
     ):
-        """Open the sources.
+        """Plan the first epoch.
 
         Args:
-            sources: The mixture.
-            maker: Makes the batches.
-            batch_size: Pairs of a batch on one rank.
+            blocks: The files of each source.
+            weights: Of the sources.
+            make_batch: Makes the batches.
+            rows_per_batch: Rows of a batch on one rank.
             share: Rank and number of ranks.
             shuffle_pool: Encoded rows that a worker holds and mixes.
-            seed: Of order, crops and captions; equal on all ranks.
+            seed: Of the order and of all that is drawn per batch; equal on all ranks.
+            layout: What else a position depends on, and has to be equal where a run goes on.
 
         Raises:
-            ValueError: If a source cannot be read or is empty, the batch size does not fit the captions per image, or
-                there are fewer pairs than one batch per rank.
+            ValueError: If there is no source, or fewer rows than one batch per rank.
         """
-        images, rest = divmod(batch_size, maker.captions_per_image)
-        if rest or images < 1:
-            raise ValueError(f"batch size {batch_size} is no multiple of captions_per_image {maker.captions_per_image}")
-        self.blocks: list[Blocks] = [open_source(source) for source in sources]
-        if not self.blocks:
+        if not blocks:
             raise ValueError("no data: give data_path, or a list of sources under data")
-        lengths, weights = [blocks.lengths for blocks in self.blocks], [source.weight for source in sources]
-        self.plan = EpochPlan(lengths, weights, images, shuffle_pool, seed)
-        self.maker, self.share, self.batch_size = maker, share, batch_size
+        if min(rows_per_batch, shuffle_pool) < 1:
+            raise ValueError(f"{rows_per_batch} rows per batch, shuffle_pool {shuffle_pool}: both are at least 1")
+        self.blocks = list(blocks)
+        self.plan = EpochPlan([own.lengths for own in blocks], weights, rows_per_batch, shuffle_pool, seed)
+        self.make_batch, self.share = make_batch, share
+        self.layout = dict(layout or {"batch_size": rows_per_batch})
         self.position = 0
         if not len(self):
             raise ValueError(
-                f"{int(self.plan.source_rows.sum())} images do not fill a batch of {images} images on each of "
+                f"{int(self.plan.source_rows.sum())} rows do not fill a batch of {rows_per_batch} on each of "
                 f"{share.world_size} ranks: lower the batch size, or add data"
             )
 
     def __len__(self) -> int:
         return self.plan.num_batches(self.share.world_size)
 
-    def __iter__(self) -> Iterator[PairBatch]:
+    def __iter__(self) -> Iterator[StreamBatch]:
         # DataLoader asks its worker 0 first, whatever the position is.
         info = get_worker_info()
         turn, num_workers = (info.id, info.num_workers) if info else (0, 1)
@@ -72,12 +113,12 @@ class PairStream(IterableDataset):
         share = replace(self.share, worker=first % num_workers, num_workers=num_workers)
         return self._lane(share, first // num_workers)
 
-    def _lane(self, share: Share, start: int) -> Iterator[PairBatch]:
+    def _lane(self, share: Share, start: int) -> Iterator[StreamBatch]:
         """Yield the batches of a lane from its batch ``start`` on."""
         lane, plan = self.plan.lane(share), self.plan
         for number in range(start // lane.batches_per_window, -(-lane.num_batches // lane.batches_per_window)):
             pieces, order = lane.window(number)
-            rows: list[Pair | Problem] = []
+            rows: list[Row | Problem] = []
             for piece in pieces:
                 rows.extend(self.blocks[piece.source].read(piece.block, piece.start, piece.stop))
             first = number * lane.batches_per_window
@@ -85,11 +126,11 @@ class PairStream(IterableDataset):
                 order_from_here = np.roll(order, -(batch - first) * plan.rows_per_batch).tolist()
                 chosen, spare = order_from_here[: plan.rows_per_batch], order_from_here[plan.rows_per_batch :]
                 rng = np.random.default_rng([plan.seed, plan.epoch, 4, share.rank, share.worker, batch])
-                yield self.maker.make(rows, chosen, spare, rng)
+                yield self.make_batch(rows, chosen, spare, rng)
 
 
 @dataclass
-class PairReport:
+class StreamReport:
     """What has happened since the start of this process, on this rank.
 
     ``bad`` counts each bad row once, however often it came up, and what opening the files has found.
@@ -101,7 +142,7 @@ class PairReport:
     num_repeated: int = 0
     _seen: set[tuple[str, int]] = field(default_factory=set)
 
-    def add(self, batch: PairBatch) -> None:
+    def add(self, batch: StreamBatch) -> None:
         """Count a batch."""
         self.batches += 1
         self.num_cut += batch.num_cut
@@ -120,8 +161,8 @@ class PairReport:
             logger.warning("left out: %s", problem)
 
 
-class PairLoader:
-    """Batches of one rank as dicts of tensors, epoch after epoch; goes on exactly where a saved state stood.
+class StreamLoader:
+    """Batches of one rank, epoch after epoch; goes on exactly where a saved state stood.
 
     Iterating runs to the end of the current epoch; the next iteration is the next epoch. All ranks have equally many
     batches in an epoch. Every rank's state is the same, so one saved state serves all.
@@ -129,9 +170,9 @@ class PairLoader:
 
     def __init__(
         self,
-        stream: PairStream,
+        stream: RowStream[Any],
         num_workers: int = 0,
-        max_bad_samples: int = 0,
+        max_bad_samples: int | None = 0,
         batch_timeout_s: float = 600,
         pin_memory: bool = False,
     ):
@@ -140,7 +181,7 @@ class PairLoader:
         Args:
             stream: The batches.
             num_workers: Processes that read and decode; 0 works in this process. The order of rows depends on it.
-            max_bad_samples: Bad rows of this rank before an error.
+            max_bad_samples: Bad rows of this rank before an error; None leaves the counting to who takes the batches.
             batch_timeout_s: Seconds that workers may take for a batch.
             pin_memory: Whether batches are put into page-locked memory.
 
@@ -149,21 +190,23 @@ class PairLoader:
         """
         self.stream, self.num_workers, self.max_bad_samples = stream, num_workers, max_bad_samples
         self.batch_timeout_s, self.pin_memory = batch_timeout_s, pin_memory
-        self.report, self.last_sample_ids = PairReport(), list[str]()
+        self.report = StreamReport()
         self._wait_s = 0.0
-        self.report.add_problems([problem for blocks in stream.blocks for problem in blocks.problems])
-        self._check_bad()
+        if max_bad_samples is not None:
+            self.report.add_problems([problem for blocks in stream.blocks for problem in blocks.problems])
+            self._check_bad(max_bad_samples)
 
     def __len__(self) -> int:
         """Return the batches of a whole epoch."""
         return len(self.stream)
 
-    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+    def __iter__(self) -> Iterator[StreamBatch]:
         batches = iter(
             DataLoader(
                 self.stream,
                 batch_size=None,
                 num_workers=self.num_workers,
+                multiprocessing_context=loader_context(self.num_workers),
                 timeout=self.batch_timeout_s if self.num_workers else 0,
                 pin_memory=self.pin_memory,
                 # Or DataLoader draws from the global generator, and a resumed run has another one.
@@ -172,13 +215,13 @@ class PairLoader:
         )
         while self.stream.position < len(self):
             start = time.perf_counter()
-            batch: PairBatch = next(batches)
+            batch: StreamBatch = next(batches)
             self._wait_s += time.perf_counter() - start
-            self.report.add(batch)
-            self._check_bad()
-            self.last_sample_ids = batch.sample_ids
+            if self.max_bad_samples is not None:
+                self.report.add(batch)
+                self._check_bad(self.max_bad_samples)
             self.stream.position += 1
-            yield batch.inputs
+            yield batch
         self.set_epoch(self.stream.plan.epoch + 1)
 
     def set_epoch(self, epoch: int) -> None:
@@ -203,10 +246,10 @@ class PairLoader:
             ValueError: If data, seed, batch size, ranks or workers are not those of the saved run.
         """
         for name, value in self._layout().items():
-            if state[name] != value:
+            if state.get(name) != value:
                 raise ValueError(
-                    f"the saved stream position is for {name} {state[name]}, this run has {value}: set it back to go "
-                    "on exactly, or start the data from the beginning of an epoch"
+                    f"the saved stream position is for {name} {state.get(name)}, this run has {value}: set it back to "
+                    "go on exactly, or start the data from the beginning of an epoch"
                 )
         self.set_epoch(int(state["epoch"]))
         self.stream.position = int(state["position"])
@@ -217,17 +260,16 @@ class PairLoader:
         plan = self.stream.plan
         return {
             "seed": plan.seed,
-            "batch_size": self.stream.batch_size,
-            "captions_per_image": self.stream.maker.captions_per_image,
+            **self.stream.layout,
             "world_size": self.stream.share.world_size,
             "num_workers": self.num_workers,
             "shuffle_pool": plan.window_rows,
             "rows": [len(lengths) for lengths in plan.block_lengths] + plan.source_rows.tolist(),
         }
 
-    def _check_bad(self) -> None:
+    def _check_bad(self, allowed: int) -> None:
         bad = self.report.bad
-        if bad.count > self.max_bad_samples:
+        if bad.count > allowed:
             raise ValueError(
-                f"{bad.count} bad rows, max_bad_samples is {self.max_bad_samples}; the last of them: {bad.problems[-1]}"
+                f"{bad.count} bad rows, max_bad_samples is {allowed}; the last of them: {bad.problems[-1]}"
             )

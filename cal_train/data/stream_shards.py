@@ -8,19 +8,22 @@ import logging
 import re
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, TypeVar, cast
 
 from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_iterator
 
-from cal_train.data.pairs import CAPTION_COLUMNS, Pair, PairSource, parse_pair
-from cal_train.types import BadSampleError, Problem
+from cal_train.types import Problem
 
 logger = logging.getLogger(__name__)
 
-_IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp")
+Row = TypeVar("Row")
+
+IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp")
+"""Endings of the members that are taken as images."""
+
 _META = re.compile(r"__[^/]*__($|/)")  # as in webdataset
 _TAR_ERRORS = (tarfile.TarError, OSError, EOFError, zlib.error)
 _CUT = "Write the shard again; what is there of it is used"
@@ -89,8 +92,17 @@ def _has_end_mark(shard: Path) -> bool:
         return file.read() == bytes(1024)
 
 
-def read_shard(shard: Path, num_rows: int, source: PairSource) -> Iterator[Pair | Problem]:
-    """Yield ``num_rows`` rows of a shard; rows that are not there are problems, so that the number holds."""
+def read_shard(
+    shard: Path, num_rows: int, make: Callable[[dict[str, Any], Path, int], Row | Problem], start: int = 0
+) -> Iterator[Row | Problem]:
+    """Yield rows ``start`` to ``num_rows`` of a shard; rows that are not there are problems, so that the number holds.
+
+    Args:
+        shard: The tar file.
+        num_rows: How many rows it is known to have.
+        make: Given the members of a row, the shard and the row's number, returns the row or what is wrong with it.
+        start: Rows in front that are passed over.
+    """
     row, errors = 0, list[Exception]()
     try:
         with shard.open("rb") as file:
@@ -98,12 +110,13 @@ def read_shard(shard: Path, num_rows: int, source: PairSource) -> Iterator[Pair 
                 if row == num_rows:
                     logger.warning("%s has more than the %d rows that sizes.json lists", shard, num_rows)
                     break
-                yield _pair(members, shard, row, source)
+                if row >= start:
+                    yield make(members, shard, row)
                 row += 1
     except (OSError, ValueError) as error:  # of opening; and two members of one name in a row
         errors.append(error)
     what = "; ".join(f"{type(error).__name__}: {error}" for error in errors) or "its end was reached"
-    for missing in range(row, num_rows):
+    for missing in range(max(row, start), num_rows):
         yield Problem(str(shard), missing, f"{shard.stem}-{missing}", f"the shard ends before this row ({what})", _CUT)
 
 
@@ -114,34 +127,3 @@ def _members(file: BinaryIO, errors: list[Exception]) -> Iterator[dict[str, Any]
             yield {**member, "__url__": ""}
     except _TAR_ERRORS as error:
         errors.append(error)
-
-
-def _pair(members: dict[str, Any], shard: Path, row: int, source: PairSource) -> Pair | Problem:
-    key = str(members["__key__"])
-    try:
-        image = _member(members, (source.image_column,) if source.image_column else _IMAGE_ENDINGS)
-        if image is None:
-            raise ValueError("no image member")
-        return parse_pair(image, _captions(members, source.caption_column), str(shard), row, shard.parent, key)
-    except BadSampleError as error:
-        return error.problem
-    except ValueError as error:
-        found = ", ".join(name for name in members if not name.startswith("__"))
-        return Problem(str(shard), row, key, f"{error} (found {found})", "Set image_column and caption_column")
-
-
-def _captions(members: dict[str, Any], column: str | None) -> Any:
-    if "txt" in members and column in (None, "txt"):
-        return members["txt"].decode("utf-8")  # a UnicodeDecodeError is a ValueError
-    if "json" not in members:
-        raise ValueError("no caption member")
-    record = json.loads(members["json"])
-    names = CAPTION_COLUMNS if column is None else (column,)
-    found = next((name for name in names if isinstance(record, dict) and name in record), None)
-    if found is None:
-        raise ValueError(f"the json member has none of the fields {', '.join(names)}")
-    return record[found]
-
-
-def _member(members: dict[str, Any], endings: tuple[str, ...]) -> bytes | None:
-    return next((members[ending] for ending in endings if ending in members), None)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cal_train.data.pair_plan import EpochPlan, Share
+from cal_train.data.stream_plan import EpochPlan, Share
 
 
 def lane_rows(plan, share):

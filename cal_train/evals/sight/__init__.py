@@ -1,0 +1,1 @@
+"""Where a model looks for each word, and which words its image embeddings are nearest to."""

@@ -1,0 +1,108 @@
+"""Is a run that goes on from a checkpoint the run that wrote it? Asked before anything is loaded.
+
+Otherwise the Trainer goes on without a word: with another batch size from another place in the data, with another
+``max_steps`` on another learning-rate schedule, with another engine without the optimizer's state.
+"""
+
+import logging
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainingArguments
+
+from cal_train.conf import CalArguments, DataArguments, ModelArguments, VlmTrainingArguments
+from cal_train.data.sources import training_sources
+from cal_train.train.provenance import RECORDS, read_record
+
+logger = logging.getLogger(__name__)
+
+FREE = frozenset(
+    "attn_implementation max_bad_samples eval_data_path vision_feature_cache bnb_4bit_compute_dtype".split()
+)
+"""Options of model and data that change nothing that is computed, save rounding, or only what is evaluated."""
+
+TRAINING = (
+    "learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps warmup_ratio weight_decay max_grad_norm optim "
+    "optim_args adam_beta1 adam_beta2 adam_epsilon seed data_seed bf16 fp16 dataloader_drop_last neftune_noise_alpha "
+    "max_steps num_train_epochs"
+).split()
+"""Arguments of Hugging Face that decide what a step does to the weights. Logging, saving, evaluation, workers and
+checkpointing of activations are free."""
+
+BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps", "world_size")
+LENGTH = ("max_steps", "num_train_epochs")
+SCHEDULES_WITHOUT_END = ("constant", "constant_with_warmup", "inverse_sqrt")
+"""Learning rates that do not depend on how long the run is to be: it may be made longer or shorter at any time."""
+
+
+def facts_to_compare(args: TrainingArguments, data: DataArguments) -> dict[str, Any]:
+    """Return what is compared besides options: ranks, engine, and the size in bytes of every data file."""
+    files = [Path(source.path) for source in training_sources(data)]
+    plugin = args.deepspeed_plugin
+    engine = "FSDP" if args.fsdp_plugin_args else "DDP" if plugin is None else f"DeepSpeed ZeRO-{plugin.zero_stage}"
+    return {
+        "world_size": args.world_size,
+        "engine": engine,
+        "data_files": {str(file): file.stat().st_size for file in files if file.is_file()},
+    }
+
+
+def check_same_run(checkpoint: str, now: Mapping[str, Any], args: VlmTrainingArguments) -> None:
+    """Compare a checkpoint's record with the options of the run that is to go on from it.
+
+    Args:
+        checkpoint: Its folder.
+        now: Options of the run (`cal_train.train.run_folder.resolved`) and `facts_to_compare`.
+        args: Says which options may differ.
+
+    Raises:
+        ValueError: If others differ, naming all of them, or an option that may differ is none.
+    """
+    allowed = set(args.resume_changes or ())
+    if unknown := sorted(allowed - set(compared(now))):
+        raise ValueError(
+            f"resume_changes: {', '.join(unknown)} is not compared on resume; these are: {', '.join(compared(now))}"
+        )
+    before = read_record(Path(checkpoint))
+    if not before:
+        logger.warning("%s holds no %s: its options are not compared with those of this run", checkpoint, RECORDS[0])
+        return
+    differing = [name for name in compared(now) if name in before and before[name] != now[name]]
+    refused, tolerated = [], []
+    for name in differing:
+        is_fine = name in allowed or _is_harmless(name, before, now)
+        (tolerated if is_fine else refused).append(f"{name} was {before[name]!r} and is {now[name]!r}")
+    if refused:
+        raise ValueError(
+            f"{checkpoint} is of a run with other options: {'; '.join(refused)}. Set them back to go on with it, start "
+            "a new run in another output_dir (from its model, with model_name_or_path), or name what may differ: "
+            f"resume_changes: [{', '.join(_option(text) for text in refused)}]"
+        )
+    for text in tolerated:
+        logger.warning("resuming with a change: %s; the run will not end as it would have", text)
+
+
+def compared(now: Mapping[str, Any]) -> list[str]:
+    """Return the names of the options and facts that are compared."""
+    own = [
+        name
+        for group in (ModelArguments, DataArguments, CalArguments)
+        for name in group.__dataclass_fields__
+        if name not in FREE
+    ]
+    return [name for name in (*own, *TRAINING, *BATCH, "engine", "data_files") if name in now]
+
+
+def _is_harmless(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    if name in LENGTH:
+        return now["lr_scheduler_type"] in SCHEDULES_WITHOUT_END
+    if name in BATCH:  # the same rows per step, dealt out otherwise
+        same_rows = math.prod(before[part] for part in BATCH) == math.prod(now[part] for part in BATCH)
+        return same_rows and now["engine"] == before["engine"] == "DDP" and now["loss_normalizer"] != "micro_batch"
+    return False
+
+
+def _option(text: str) -> str:
+    return text.split(" ", 1)[0]
