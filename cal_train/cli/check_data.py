@@ -19,6 +19,7 @@ from cal_train.data.sample_stream import SampleFiles, open_sources
 from cal_train.data.sources import RowSummary, Source, summarize
 
 _MAX_LISTED = 200
+_MAX_SHOWN = 500
 
 CheckPart = Callable[[CheckReport, Callable[[int], None]], None]
 """Checks the rows of one source; tells how many are done."""
@@ -101,14 +102,14 @@ def print_report(report: CheckReport, is_tokenized: bool) -> None:
         table = Table("file", "row", "id", "problem", "cure", title="rows that would fail", show_lines=True)
         for problem in report.problems[:_MAX_LISTED]:
             cells = (problem.file, str(problem.row), problem.id, problem.problem, problem.cure)
-            table.add_row(*(Text(cell, overflow="fold") for cell in cells))
+            table.add_row(*(Text(_shown(cell), overflow="fold") for cell in cells))
         console.print(table)
         if len(report.problems) > _MAX_LISTED:
             console.print(f"and {len(report.problems) - _MAX_LISTED} more")
     if report.duplicate_ids:
         table = Table("file", "id", "rows", title="ids that occur more than once (these rows do train)")
         for file, id, count in report.duplicate_ids[:_MAX_LISTED]:
-            table.add_row(Text(file, overflow="fold"), Text(id, overflow="fold"), str(count))
+            table.add_row(Text(file, overflow="fold"), Text(_shown(id), overflow="fold"), str(count))
         console.print(table)
         if len(report.duplicate_ids) > _MAX_LISTED:
             console.print(f"and {len(report.duplicate_ids) - _MAX_LISTED} more")
@@ -124,3 +125,9 @@ def print_report(report: CheckReport, is_tokenized: bool) -> None:
         )
     else:
         console.print("tokens and lengths were not checked: that takes a recipe with a model folder")
+
+
+def _shown(text: str) -> str:
+    """Return a text of the data as a terminal can show it: control characters, which could rewrite it, as escapes."""
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:_MAX_SHOWN])
+    return shown + ("..." if len(text) > _MAX_SHOWN else "")

@@ -18,6 +18,7 @@ from cal_train.data.examples import build_encoder
 from cal_train.data.lengths import RowLengths, sample_lengths, spread_rows
 from cal_train.data.sample_stream import open_sources, spread_over_files
 from cal_train.data.stream_files import source_files
+from cal_train.folders import from_folder
 from cal_train.models.families import FAMILIES
 from cal_train.models.flops import Work, peak_flops
 from cal_train.train.estimate import ENGINES, Estimate, Setting, estimate
@@ -102,7 +103,7 @@ def load_config(folder: str) -> PreTrainedConfig:
             f"{folder} holds no config.json: give a folder of a model of this size with --model_name_or_path; its "
             "weights are not needed"
         )
-    config = AutoConfig.from_pretrained(folder)
+    config = from_folder(AutoConfig, folder)
     if config.model_type not in FAMILIES:
         raise ValueError(f"{folder} holds a {config.model_type!r} model; supported are {', '.join(FAMILIES)}")
     return config

@@ -12,8 +12,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from cal_train.evals.lmms.checkpoints import check_settings, draw_curves, evaluate_run, results_of_run
-from cal_train.evals.lmms.children import run_in_child
 from cal_train.evals.lmms.compare import compare_folders, markdown_of, records_of, table_of
 from cal_train.evals.lmms.scene_tasks import SCENE_TABLES
 from cal_train.evals.lmms.suites import load_suite, only_tasks
@@ -24,8 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="DIR", help="model folder in Hugging Face layout")
     parser.add_argument(
         "--run", metavar="DIR",
-        help="instead of --model: every complete checkpoint of a run and its final model, unless evaluated before, into "
-        "DIR/eval/SUITE, with curves over steps; on this process alone",
+        help="instead of --model: all complete checkpoints of a run and its final model, those evaluated before left "
+        "out, into DIR/eval/SUITE, with curves over steps; adapters are merged for it",
     )  # fmt: skip
     parser.add_argument("--watch", action="store_true", help="with --run: go on until the run has ended")
     parser.add_argument("--suite", metavar="FILE", help="which tasks: eval/suites/NAME.yaml")
@@ -90,6 +88,8 @@ def run(arguments: argparse.Namespace) -> int:
         return _compare(arguments)
     if arguments.watch and not arguments.run:
         raise ValueError("--watch belongs to --run, which is not given")
+    if arguments.limit is not None and arguments.limit < 1:
+        raise ValueError(f"--limit {arguments.limit} is not a positive number of documents")
     return _evaluate_run(arguments) if arguments.run else _evaluate(arguments)
 
 
@@ -103,6 +103,10 @@ def _evaluate_run(arguments: argparse.Namespace) -> int:
         raise ValueError("--run evaluates on one process: start it without a launcher")
     suite, run_folder = load_suite(arguments.suite), Path(arguments.run)
     _require_lmms_eval()
+    # these know how runs are saved, and import torch for it
+    from cal_train.evals.lmms.checkpoints import check_settings, draw_curves, evaluate_run, results_of_run
+    from cal_train.evals.lmms.children import run_in_child
+
     results = results_of_run(run_folder, suite.name)
     limit = arguments.limit or suite.limit
     check_settings(results, {**vars(arguments), "limit": limit, "without_image": None, **asking_of(arguments)})
@@ -133,8 +137,6 @@ def _require_lmms_eval() -> None:
 def _evaluate(arguments: argparse.Namespace) -> int:
     if missing := [f"--{name}" for name in ("model", "suite", "output") if not getattr(arguments, name)]:
         raise ValueError(f"cal-train eval needs {', '.join(missing)}")
-    if arguments.limit is not None and arguments.limit < 1:
-        raise ValueError(f"--limit {arguments.limit} is not a positive number of documents")
     suite = load_suite(arguments.suite)
     if arguments.tasks:
         suite = only_tasks(suite, arguments.tasks)

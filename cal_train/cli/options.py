@@ -5,6 +5,7 @@ import difflib
 import json
 import shlex
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any, NoReturn
 
 import yaml
 from transformers import HfArgumentParser
+
+_MOST_YAML_NODES = 100_000
 
 NEEDS_GPU = ("bf16", "fp16", "tf32", "deepspeed", "fsdp")
 """Options that `TrainingArguments` refuses on a machine without a GPU."""
@@ -67,12 +70,51 @@ def read_yaml(options: OptionSet, path: str | Path) -> dict[str, Any]:
     if not Path(path).is_file():
         raise ValueError(f"no recipe at {path}")
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+        values = load_yaml(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, a day such as 2001-99-99
         raise ValueError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} must be a mapping of option names to values, not a {type(values).__name__}")
     return {canonical_name(options, str(key), str(path)): value for key, value in values.items()}
+
+
+def load_yaml(text: str) -> Any:
+    """Return the value of a YAML text, with plain types only.
+
+    Raises:
+        yaml.YAMLError: If it is not YAML, names a key twice (one would be lost), or is very large with its aliases
+            written out: a few lines of aliases of aliases can stand for more than any memory holds.
+    """
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _count_nodes(node, {})
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _count_nodes(node: yaml.Node, counted: dict[int, int | None]) -> int:
+    """Return the nodes below a node with aliases written out; ``counted`` holds None for nodes that are open."""
+    if id(node) in counted:
+        known = counted[id(node)]
+        if known is None:
+            raise yaml.YAMLError(f"a value contains itself{node.start_mark}")
+        return known
+    counted[id(node)] = None
+    children: list[yaml.Node] = list(node.value) if isinstance(node, yaml.SequenceNode) else []
+    if isinstance(node, yaml.MappingNode):
+        keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        if twice := [key for key, count in keys.items() if count > 1]:
+            raise yaml.YAMLError(f"{twice[0]!r} is set twice{node.start_mark}")
+        children = [child for pair in node.value for child in pair]
+    total = 1 + sum(_count_nodes(child, counted) for child in children)
+    if total > _MOST_YAML_NODES:
+        raise yaml.YAMLError(f"more than {_MOST_YAML_NODES} values, aliases written out{node.start_mark}")
+    counted[id(node)] = total
+    return total
 
 
 def parse_overrides(options: OptionSet, arguments: Sequence[str]) -> dict[str, Any]:
@@ -96,8 +138,8 @@ def parse_overrides(options: OptionSet, arguments: Sequence[str]) -> dict[str, A
 
 def _structured(key: str, value: str) -> Any:
     try:
-        return yaml.safe_load(value)
-    except yaml.YAMLError as error:
+        return load_yaml(value)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"--{key} {value} is not a list or mapping in YAML's notation: {error}") from None
 
 
@@ -133,7 +175,15 @@ def build_groups(options: OptionSet, values: dict[str, Any], origin: str) -> tup
     groups: Any = options.groups  # the parser's annotation is a NewType that no class belongs to
     parser = HfArgumentParser(groups, allow_abbrev=False)
     parser.error = lambda message: _refuse(origin, message)
-    filled = parser.parse_args_into_dataclasses(args=command_line, look_for_args_file=False)
+    try:
+        filled = parser.parse_args_into_dataclasses(args=command_line, look_for_args_file=False)
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+    ) as error:  # by Hugging Face's own checks
+        raise ValueError(f"{origin}: {error}") from error
     for group in filled:
         for name in structured.keys() & {f.name for f in dataclasses.fields(group)}:
             object.__setattr__(group, name, structured[name])  # checked where the value is used

@@ -9,6 +9,7 @@ from cal_train.cli.options import OptionSet, load_groups
 from cal_train.cli.options import describe_options as describe
 from cal_train.conf import CalArguments, DataArguments, ModelArguments, Recipe, VlmTrainingArguments
 from cal_train.data.processor import load_processor
+from cal_train.folders import from_folder
 from cal_train.models.mgm_hd import for_grid, with_grid
 
 ALIASES = {
@@ -54,7 +55,7 @@ def recipe_processor(recipe: Recipe) -> ProcessorMixin:
     processor = load_processor(folder, recipe.data.template, options.image_aspect_ratio)
     if options.image_grid is None:
         return processor
-    return for_grid(with_grid(AutoConfig.from_pretrained(folder), options.image_grid, folder), processor)
+    return for_grid(with_grid(from_folder(AutoConfig, folder), options.image_grid, folder), processor)
 
 
 def describe_options() -> str:

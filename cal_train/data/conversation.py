@@ -51,6 +51,12 @@ _WITH_SYSTEM = {
 
 _ENDS_WITH_EOS = ("vicuna_v1", "mistral", "mgm_gemma")
 
+# A template is a small program: these are its mistakes, a loop that the sandbox refuses, and a macro that calls itself.
+_TEMPLATE_ERRORS = (
+    *(TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError),
+    *(RecursionError, MemoryError),
+)
+
 _GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _IMAGE_PART = re.compile(f"({re.escape(IMAGE_MARK)})")
 
@@ -180,8 +186,9 @@ def _apply(
             add_generation_prompt=add_generation_prompt,
             **variables,
         )
-    except (TemplateError, TypeError) as error:
-        raise ValueError(f"the chat template refuses the conversation: {error}") from error
+    except _TEMPLATE_ERRORS as error:
+        reason = str(error) or type(error).__name__
+        raise ValueError(f"the chat template refuses the conversation: {reason}") from error
     return texts[0], list(spans[0]) if has_marks else []  # pyright: ignore[reportReturnType]
 
 

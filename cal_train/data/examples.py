@@ -16,6 +16,10 @@ from cal_train.data.images import DEFAULT_LIMITS, ImageLimits, image_inputs, ope
 from cal_train.data.tokenize import tokenize_conversation
 from cal_train.types import IMAGE_MARK, BadSampleError, Message, Problem, Sample, TokenizedExample
 
+_MOST_CHARACTERS = 1_000_000
+_CHARACTERS_PER_TOKEN = 32
+"""Longer texts are refused unless ``max_length`` is as large: a text of words has about four characters per token."""
+
 LoadFeatures = Callable[[Path | bytes], torch.Tensor | None]
 """Cached tower features (P, D) of one image, or None if they are not cached."""
 
@@ -77,9 +81,10 @@ class SampleEncoder:
         """Return a sample's ids and labels.
 
         Raises:
-            BadSampleError: If the template refuses its turns, or as `tokenize_conversation`.
+            BadSampleError: If the row is far too long, the template refuses its turns, or as `tokenize_conversation`.
         """
         tokenizer = self.processor.tokenizer
+        self._refuse_oversized(sample)
         messages = images_to_front(sample.messages) if self.image_position == "front" else sample.messages
         try:
             rendered = render(messages, self.template, tokenizer.special_tokens_map)
@@ -87,6 +92,19 @@ class SampleEncoder:
             raise _bad(sample, str(error), "Correct the turns, or choose another template") from error
         image_token_id: int = self.processor.image_token_id  # pyright: ignore[reportAttributeAccessIssue]
         return tokenize_conversation(sample, rendered, tokenizer, image_token_id, num_image_tokens, self.max_length)
+
+    def _refuse_oversized(self, sample: Sample) -> None:
+        """Refuse what would be cut down to a small part of itself: time and memory go with the whole of it."""
+        num_characters = sum(len(message.content) for message in sample.messages)
+        most = max(_MOST_CHARACTERS, _CHARACTERS_PER_TOKEN * self.max_length)
+        if num_characters > most:
+            raise _bad(sample, f"{num_characters} characters of text, at most {most} are read", "Cut the row in pieces")
+        if len(sample.messages) > self.max_length:  # each takes a token at least
+            raise _bad(
+                sample,
+                f"{len(sample.messages)} turns, more than the {self.max_length} tokens of model_max_length",
+                "Cut the row in pieces",
+            )
 
     def _vision(self, sample: Sample) -> tuple[dict[str, torch.Tensor], list[int]]:
         """Return the sample's vision inputs and how many placeholders each of its images takes."""
@@ -97,8 +115,20 @@ class SampleEncoder:
             features = [feature for feature in loaded if feature is not None]
             if len(features) == len(loaded):
                 return {"vision_features": torch.stack(features)}, [len(feature) for feature in features]
-        images = [open_sample_image(sample, k, self.limits) for k in range(len(sample.images))]
-        return image_inputs(self.processor, images)
+        made: list[dict[str, torch.Tensor]] = []
+        counts: list[int] = []
+        for k in range(len(sample.images)):  # one at a time: many large images would not fit into memory together
+            inputs, count = image_inputs(self.processor, [open_sample_image(sample, k, self.limits)])
+            made.append(inputs)
+            counts += count
+            if sum(counts) > self.max_length:
+                raise _bad(
+                    sample,
+                    f"row longer than the limit: its first {k + 1} of {len(sample.images)} images take {sum(counts)} "
+                    f"tokens and the limit is {self.max_length}",
+                    "Raise model_max_length, or give the row fewer images",
+                )
+        return {name: torch.cat([inputs[name] for inputs in made]) for name in made[0]}, counts
 
 
 def build_encoder(

@@ -7,10 +7,9 @@ from typing import Literal
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from cal_train.data.check import image_sizes
-from cal_train.data.dataset import VlmDataset
-from cal_train.data.examples import SampleEncoder
+from cal_train.data.examples import SampleEncoder, open_sample_image
 from cal_train.data.images import count_image_tokens
+from cal_train.data.suspicions import Suspicion, suspicions
 from cal_train.types import IGNORE_INDEX, BadSampleError, Problem, Sample, TokenizedExample
 
 Kind = Literal["prompt", "supervised", "image"]
@@ -27,7 +26,7 @@ body {{ font: 15px/1.7 monospace; max-width: 75em; margin: 2em auto; padding: 0 
 h1 {{ font-size: 1.3em; }} h2 {{ font-size: 1em; margin-bottom: .2em; }} pre {{ white-space: pre-wrap; margin: 0; }}
 p {{ margin: .2em 0; color: #555; }} span {{ border-right: 1px solid #fff; border-radius: 2px; }}
 .prompt {{ background: #e8e8e8; }} .supervised {{ background: #b7e4c7; }} .image {{ background: #ffe08a; }}
-.problem {{ color: #a4161a; }}
+.problem, .suspicion {{ color: #a4161a; }} .suspicion {{ font-weight: bold; }}
 </style></head><body><h1>Preview</h1><p>{legend}</p>
 {body}
 </body></html>
@@ -44,20 +43,13 @@ class Segment:
 
 @dataclass(frozen=True)
 class Preview:
-    """One row: a title with its place and counts, and its segments, or else its problem."""
+    """One row: a title with its place and counts, what looks wrong, and its segments; or else its problem."""
 
     title: str
     counts: str = ""
     segments: tuple[Segment, ...] = ()
     problem: Problem | None = None
-
-
-def preview_row(dataset: VlmDataset, i: int) -> Preview:
-    """Return row ``i`` of the data set as it will be trained; a bad row comes with its problem."""
-    try:
-        return preview_sample(dataset.load_sample(i), dataset.encoder)
-    except BadSampleError as error:
-        return preview_sample(error.problem, dataset.encoder)
+    suspicions: tuple[Suspicion, ...] = ()
 
 
 def preview_sample(row: Sample | Problem, encoder: SampleEncoder) -> Preview:
@@ -66,7 +58,8 @@ def preview_sample(row: Sample | Problem, encoder: SampleEncoder) -> Preview:
         return Preview(f"row {row.row}, id {row.id}", problem=row)
     sample = row
     try:
-        num_image_tokens = count_image_tokens(encoder.processor, list(image_sizes(sample, encoder.limits)))
+        images = [open_sample_image(sample, k, encoder.limits) for k in range(len(sample.images))]
+        num_image_tokens = count_image_tokens(encoder.processor, [(image.height, image.width) for image in images])
         example = encoder.tokenize(sample, num_image_tokens)
     except BadSampleError as error:
         return preview_sample(error.problem, encoder)
@@ -75,8 +68,10 @@ def preview_sample(row: Sample | Problem, encoder: SampleEncoder) -> Preview:
         f"{len(example.input_ids)} tokens: {num_supervised} supervised, {sum(num_image_tokens)} for "
         f"{len(num_image_tokens)} images; {example.num_cut} tokens were cut"
     )
-    segments = token_segments(example, encoder.processor.tokenizer)
-    return Preview(f"{sample.file}, row {sample.row}, id {sample.id}", counts, tuple(segments))
+    tokenizer = encoder.processor.tokenizer
+    segments = tuple(token_segments(example, tokenizer))
+    found = suspicions(sample, example, images, tokenizer, encoder.template)
+    return Preview(f"{sample.file}, row {sample.row}, id {sample.id}", counts, segments, suspicions=found)
 
 
 def token_segments(example: TokenizedExample, tokenizer: PreTrainedTokenizerBase) -> list[Segment]:
@@ -103,12 +98,16 @@ def to_terminal(previews: list[Preview]) -> Text:
     page = Text("legend: ")
     for kind, meaning in _LEGEND.items():
         page.append(f" {meaning} ", style=_TERMINAL_STYLES[kind][0]).append("  ")
+    if verdict := _verdict(previews):
+        page.append(f"\n{verdict}", style="bold red")
     for preview in previews:
         page.append(f"\n\n{preview.title}\n", style="bold")
         if preview.problem:
             page.append(f"{preview.problem.problem}. {preview.problem.cure}", style="red")
             continue
         page.append(f"{preview.counts}\n", style="dim")
+        for suspicion in preview.suspicions:
+            page.append(f"! {suspicion}\n", style="bold red")
         for i, segment in enumerate(preview.segments):
             page.append(segment.text.replace("\n", "⏎\n"), style=_TERMINAL_STYLES[segment.kind][i % 2])
     return page
@@ -117,7 +116,8 @@ def to_terminal(previews: list[Preview]) -> Text:
 def to_html(previews: list[Preview]) -> str:
     """Return the previews as one self-contained page; every text from the data is escaped."""
     legend = " ".join(f'<span class="{kind}">{html.escape(meaning)}</span>' for kind, meaning in _LEGEND.items())
-    parts = []
+    verdict = _verdict(previews)
+    parts = [f'<p class="suspicion">{html.escape(verdict)}</p>'] if verdict else []
     for preview in previews:
         parts.append(f"<h2>{html.escape(preview.title)}</h2>")
         if preview.problem:
@@ -127,5 +127,15 @@ def to_html(previews: list[Preview]) -> str:
             f'<span class="{segment.kind}">{html.escape(segment.text)}</span>'.replace("\n", "⏎\n")
             for segment in preview.segments
         )
-        parts.append(f"<p>{html.escape(preview.counts)}</p><pre>{''.join(tokens)}</pre>")
+        parts.append(f"<p>{html.escape(preview.counts)}</p>")
+        parts += [f'<p class="suspicion">! {html.escape(str(suspicion))}</p>' for suspicion in preview.suspicions]
+        parts.append(f"<pre>{''.join(tokens)}</pre>")
     return _PAGE.format(legend=legend, body="\n".join(parts))
+
+
+def _verdict(previews: list[Preview]) -> str:
+    """Return one line about all rows, empty if nothing looks wrong."""
+    num_bad = sum(preview.problem is not None for preview in previews)
+    num_suspect = sum(bool(preview.suspicions) for preview in previews)
+    parts = [f"{num_bad} cannot be trained on"] * bool(num_bad) + [f"{num_suspect} look wrong (!)"] * bool(num_suspect)
+    return f"Of {len(previews)} rows, {' and '.join(parts)}." if parts else ""

@@ -7,6 +7,7 @@ from transformers import AutoProcessor, ProcessorMixin
 
 from cal_train.data.conversation import resolve_template
 from cal_train.data.images import apply_aspect_ratio
+from cal_train.folders import from_folder
 
 
 def load_processor(
@@ -26,13 +27,16 @@ def load_processor(
             processor cannot pad.
     """
     _require_vlm(Path(folder))
-    processor = AutoProcessor.from_pretrained(folder, backend="pil")
+    processor = from_folder(AutoProcessor, folder, backend="pil")
     if not isinstance(processor, ProcessorMixin):  # what transformers returns for a folder without a processor
         raise ValueError(
             f"{folder} holds no processor of a vision-language model, only a {type(processor).__name__}: put a model "
             "together with `cal-train compose`, or bring an original checkpoint with `cal-train convert`"
         )
-    processor.chat_template = resolve_template(template, processor)
+    try:
+        processor.chat_template = resolve_template(template, processor)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
     processor.tokenizer.padding_side = "left"  # for generation; training batches are padded by the collator
     apply_aspect_ratio(processor, image_aspect_ratio)
     return processor

@@ -62,27 +62,33 @@ class Rows:
         """Return the decoded row; a dict if the file is right, whatever was found otherwise.
 
         Raises:
-            BadSampleError: If a line of a JSONL file is not JSON.
+            BadSampleError: If a line of a JSONL file is not JSON, or a value of a Parquet file cannot be read.
         """
         if self._table is not None:
-            return self._table[row].to_pylist()[0]  # pyright: ignore[reportAttributeAccessIssue] (an Arrow table)
+            try:
+                return self._table[row].to_pylist()[0]  # pyright: ignore[reportAttributeAccessIssue] (an Arrow table)
+            except (ValueError, ArithmeticError, LookupError) as error:  # text that is not UTF-8, the year 300000
+                self._fail(row, f"a value cannot be read: {error}", "Correct the row, or leave out the column", error)
         start, end = self._offsets[row]
         try:
             return json.loads(self._buffer[start:end])
-        except ValueError as error:
-            problem = Problem(
-                str(self.path), row, row_id(None, self.path, row), f"not JSON: {error}", "Correct the line"
-            )
-            raise BadSampleError(problem) from error
+        except (ValueError, RecursionError) as error:
+            self._fail(row, f"not JSON: {error}", "Correct the line", error)
+
+    def _fail(self, row: int, problem: str, cure: str, error: Exception) -> NoReturn:
+        raise BadSampleError(Problem(str(self.path), row, row_id(None, self.path, row), problem, cure)) from error
 
     def __iter__(self) -> Iterator[Any]:
         return (self[row] for row in range(len(self)))
 
 
 def row_id(raw: Any, file: str | Path, row: int) -> str:
-    """Return the row's own id as a string, or ``<file stem>-<row>`` if it has none."""
+    """Return the row's own id as a string, or ``<file stem>-<row>`` if it has none.
+
+    Half of a surrogate pair, which no file or terminal takes, is written as its escape.
+    """
     own = raw.get("id") if isinstance(raw, dict) else None
-    return f"{Path(file).stem}-{row}" if own is None else str(own)
+    return f"{Path(file).stem}-{row}" if own is None else str(own).encode(errors="backslashreplace").decode()
 
 
 def starts_with_answer(raw: Any) -> bool:
@@ -280,7 +286,7 @@ def _read_json(path: Path) -> tuple[bytes, np.ndarray]:
             chunks.append(chunk)
             sizes.append(len(chunk))
             position = _skip(text, end, "")
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # nested without end, or a number of thousands of digits
         raise ValueError(f"data file {path} is not a JSON list of rows: {error}") from error
     ends = np.cumsum(np.array(sizes, np.int64))
     return b"".join(chunks), np.stack([ends - sizes, ends], axis=1) if sizes else np.empty((0, 2), np.int64)

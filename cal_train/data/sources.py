@@ -12,6 +12,7 @@ from cal_train.conf import DataArguments
 from cal_train.data.records import Rows, parse_row, row_id, starts_with_answer
 from cal_train.types import IMAGE_MARK, BadSampleError, Problem, Sample
 
+_LARGEST_WEIGHT = 10_000
 _SOURCE_KEYS = {"path", "image_root", "weight", "scores"}
 
 
@@ -53,7 +54,7 @@ def training_sources(options: DataArguments) -> list[Source]:
     if (options.data_path is None) == (options.data is None):
         raise ValueError("give exactly one of data_path and data (a list of {path, image_root, weight})")
     if options.data_path is not None:
-        return [Source(Path(options.data_path), Path(options.image_folder) if options.image_folder else None)]
+        return [Source(_local(options.data_path), Path(options.image_folder) if options.image_folder else None)]
     if not isinstance(options.data, list) or not options.data:
         raise ValueError("data is a list of sources: [{path: FILE, image_root: DIR, weight: 1.0}, ...]")
     return [_source(i, entry, options.image_folder) for i, entry in enumerate(options.data)]
@@ -67,7 +68,15 @@ def _source(i: int, entry: Any, image_folder: str | None) -> Source:
         raise ValueError(f"data[{i}]: scores {scores!r} is not the path of a score file")
     if isinstance(weight, bool) or not isinstance(weight, int | float):
         raise ValueError(f"data[{i}]: weight {weight!r} is not a number")
-    return Source(Path(entry["path"]), Path(root) if root else None, float(weight), Path(scores) if scores else None)
+    if not weight <= _LARGEST_WEIGHT:  # catches NaN too
+        raise ValueError(f"data[{i}]: weight {weight!r} is not a number up to {_LARGEST_WEIGHT}")
+    return Source(_local(entry["path"]), Path(root) if root else None, float(weight), Path(scores) if scores else None)
+
+
+def _local(path: str) -> Path:
+    if "://" in path or path.startswith("pipe:"):  # a `Path` would swallow one of the slashes
+        raise ValueError(f"{path} is a URL or a command: download the files and give their path")
+    return Path(path)
 
 
 def parsed_rows(source: Source, rows: Rows) -> Iterator[Sample | Problem]:

@@ -43,6 +43,11 @@ class StreamBatch:
     num_cut: int = 0
     num_repeated: int = 0
 
+    def pin_memory(self) -> "StreamBatch":
+        """Return the batch with its tensors in page-locked memory; PyTorch calls this."""
+        pinned = {name: value.pin_memory() for name, value in self.inputs.items() if isinstance(value, torch.Tensor)}
+        return replace(self, inputs=self.inputs | pinned)
+
 
 class MakeBatch(Protocol[Row_contra]):
     """Turns rows of a window into a batch."""
@@ -175,6 +180,7 @@ class StreamLoader:
         max_bad_samples: int | None = 0,
         batch_timeout_s: float = 600,
         pin_memory: bool = False,
+        prefetch_factor: int | None = None,
     ):
         """Prepare the workers.
 
@@ -184,12 +190,13 @@ class StreamLoader:
             max_bad_samples: Bad rows of this rank before an error; None leaves the counting to who takes the batches.
             batch_timeout_s: Seconds that workers may take for a batch.
             pin_memory: Whether batches are put into page-locked memory.
+            prefetch_factor: Batches that a worker has ready. Default: 2.
 
         Raises:
             ValueError: If opening the sources has found more problems than allowed.
         """
         self.stream, self.num_workers, self.max_bad_samples = stream, num_workers, max_bad_samples
-        self.batch_timeout_s, self.pin_memory = batch_timeout_s, pin_memory
+        self.batch_timeout_s, self.pin_memory, self.prefetch_factor = batch_timeout_s, pin_memory, prefetch_factor
         self.report = StreamReport()
         self._wait_s = 0.0
         if max_bad_samples is not None:
@@ -209,6 +216,7 @@ class StreamLoader:
                 multiprocessing_context=loader_context(self.num_workers),
                 timeout=self.batch_timeout_s if self.num_workers else 0,
                 pin_memory=self.pin_memory,
+                prefetch_factor=self.prefetch_factor if self.num_workers else None,
                 # Or DataLoader draws from the global generator, and a resumed run has another one.
                 generator=torch.Generator().manual_seed(self.stream.plan.seed),
             )

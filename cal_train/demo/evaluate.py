@@ -12,6 +12,7 @@ from cal_train.demo.compare import ALL, Answers, area_under_curve
 from cal_train.demo.scenes import QUESTION_TYPES
 from cal_train.demo.splits import TEST_SPLITS
 from cal_train.evals.lmms.results import read_results
+from cal_train.folders import from_folder
 
 _TASK_OF_SPLIT = {"heldout_scenes": "demo", "heldout_concepts": "demo_concepts", "heldout_style": "demo_style"}
 
@@ -98,7 +99,7 @@ def read_deltas(scores: Path, data: Path, files: Mapping[str, Path], model: Path
         files: The splits' files by name, their truth beside them.
         model: Folder of the scored model, for its tokenizer.
     """
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = from_folder(AutoTokenizer, model)
     answers = {row["id"]: row["conversations"][-1]["value"] for row in json.loads(data.read_text(encoding="utf-8"))}
     truth = {
         split: json.loads(file.with_suffix(".truth.json").read_text(encoding="utf-8"))

@@ -20,6 +20,7 @@ from cal_train.data.processor import load_processor
 from cal_train.data.score_notes import file_digest, model_digest, tokenizer_digest
 from cal_train.data.sources import Source
 from cal_train.evals.score_parts import Progress, ScoreParts
+from cal_train.folders import from_folder
 from cal_train.models.head import find_head
 from cal_train.train.step import StepOptions, attach_step, label_tokens
 from cal_train.types import IGNORE_INDEX
@@ -71,7 +72,7 @@ def score_file(
         raise ValueError("this strategy takes no image away, so there is nothing to score: use cal or cal_reference")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     processor = load_processor(model_folder)
-    model = AutoModelForImageTextToText.from_pretrained(model_folder, dtype=torch.float32).eval()
+    model = from_folder(AutoModelForImageTextToText, model_folder, dtype=torch.float32).eval()
     cast(nn.Module, model).to(device)  # transformers' own `to` is annotated without its arguments
     source = Source(Path(data), Path(image_root) if image_root else None)
     dataset = VlmDataset([source], processor, "chat", max_length, image_position)

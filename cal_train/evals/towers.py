@@ -17,6 +17,7 @@ from cal_train.evals.linear_probe import linear_probe
 from cal_train.evals.retrieval import retrieval_recall
 from cal_train.evals.score_tiles import Features, Score, join
 from cal_train.evals.zero_shot import TEMPLATES, class_scores, classification_report, prompts
+from cal_train.folders import from_folder
 from cal_train.towers.two_tower import TwoTower
 from cal_train.train.tower_checkpoint import load_tower_model
 
@@ -107,8 +108,8 @@ def load_evaluator(folder: str | Path, batch_size: int = 64, device: torch.devic
     """
     model = load_tower_model(folder)
     model.to(device)
-    tokenizer = AutoTokenizer.from_pretrained(Path(folder) / "text", trust_remote_code=False)
-    processor = AutoImageProcessor.from_pretrained(Path(folder) / "vision", backend="pil", trust_remote_code=False)
+    tokenizer = from_folder(AutoTokenizer, Path(folder) / "text")
+    processor = from_folder(AutoImageProcessor, Path(folder) / "vision", backend="pil")
     encoder = CaptionEncoder(tokenizer, cast(TwoTower, model.towers).shape.context_length)
     return TowerEvaluator(model.towers, model.objective, encoder, EvaluationTransform(processor), batch_size)
 

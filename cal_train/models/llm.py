@@ -2,12 +2,13 @@
 
 import json
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from cal_train.folders import from_folder
 
 
 def check_folder(folder: Path, gguf_file: str | None = None) -> None:
@@ -38,15 +39,15 @@ def load_llm(folder: Path, gguf_file: str | None = None, dtype: str = "auto") ->
     if gguf_file is not None and dtype == "auto":
         dtype = "float32"
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(
+        loaded = from_folder(
+            AutoModelForCausalLM,
             folder,
             gguf_file=gguf_file,
             dtype=dtype,
-            trust_remote_code=False,
             weights_only=True,  # of a .bin file, as Vicuna is published, tensors are read and nothing is executed
             output_loading_info=True,
         )
-    except (OSError, ValueError, UnpicklingError) as error:
+    except ValueError as error:
         raise ValueError(f"{folder} cannot be loaded as a causal language model: {error}") from error
     llm, info = cast(tuple[PreTrainedModel, dict], loaded)
     if lost := sorted([*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])]):

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig, PreTrainedModel
 
 from cal_train.conf import LORA_TARGETS
+from cal_train.folders import from_folder
 from cal_train.models.parts import part_of
 from cal_train.models.quantize import load_dequantized
 
@@ -132,7 +133,7 @@ def merge(adapter: Path, output: Path, base: Path | None = None, quantized_base:
     if quantized_base:
         model = load_dequantized(base, adapter)
     else:
-        model = AutoModelForImageTextToText.from_pretrained(base, dtype="auto")
+        model = from_folder(AutoModelForImageTextToText, base, dtype="auto")
     _check_newline(model, adapter)
     config = PeftConfig.from_pretrained(str(adapter))
     config.base_model_name_or_path = str(base)
@@ -143,8 +144,8 @@ def merge(adapter: Path, output: Path, base: Path | None = None, quantized_base:
         if (source / "generation_config.json").is_file():
             merged.generation_config = GenerationConfig.from_pretrained(source)
             break
-    processor = AutoProcessor.from_pretrained(
-        adapter if (adapter / "processor_config.json").is_file() else base, backend="pil"
+    processor = from_folder(
+        AutoProcessor, adapter if (adapter / "processor_config.json").is_file() else base, backend="pil"
     )
     try:
         merged.save_pretrained(output)

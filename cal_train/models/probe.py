@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
 from cal_train.data.images import image_inputs
+from cal_train.folders import from_folder
 from cal_train.models.families import family_of
 from cal_train.models.llm import embedding_of, softcap_of, text_logits
 from cal_train.models.tower import selected_features
@@ -53,7 +54,7 @@ def check_folder_computes(folder: Path, probe: Probe) -> None:
         ValueError: If a weight is missing or left over, logits or features differ beyond rounding, or model and
             processor do not agree on the tokens of an image.
     """
-    loaded = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    loaded = from_folder(AutoModelForImageTextToText, folder, dtype="auto", output_loading_info=True)
     model, info = cast(tuple[PreTrainedModel, dict], loaded)
     model.eval()
     if unaccounted := sorted([*info["missing_keys"], *info["unexpected_keys"]]):
@@ -71,7 +72,7 @@ def check_folder_computes(folder: Path, probe: Probe) -> None:
         )
     features = selected_features(model.model.vision_tower, probe.pixel_values, model.config.vision_feature_layer)
     _require_equal("image features", "vision tower", features.float(), probe.features, model.dtype)
-    _check_token_counts(model, AutoProcessor.from_pretrained(folder, backend="pil"))
+    _check_token_counts(model, from_folder(AutoProcessor, folder, backend="pil"))
 
 
 def _check_token_counts(model: PreTrainedModel, processor: ProcessorMixin) -> None:

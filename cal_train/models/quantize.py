@@ -18,6 +18,8 @@ from torch import nn
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils.import_utils import is_bitsandbytes_available
 
+from cal_train.folders import from_folder
+
 Quantization = Literal["nf4", "int8"]
 
 _FILE_NAME = "quantization.json"
@@ -129,5 +131,5 @@ def load_dequantized(base: Path, adapter: Path) -> PreTrainedModel:
     if not is_bitsandbytes_available():
         raise ValueError("a quantised base model needs bitsandbytes: pip install 'cal_train[qlora]'")
     settings = BitsAndBytesConfig.from_dict(json.loads(file.read_text(encoding="utf-8")))
-    model = AutoModelForImageTextToText.from_pretrained(base, dtype="auto", quantization_config=settings)
+    model = from_folder(AutoModelForImageTextToText, base, dtype="auto", quantization_config=settings)
     return model.dequantize(dtype=model.dtype)

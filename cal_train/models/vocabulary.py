@@ -6,6 +6,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from cal_train.data.conversation import render, resolve_template
+from cal_train.folders import from_folder
 from cal_train.types import IMAGE_MARK, Message
 
 logger = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ def load_tokenizer(folder: Path, gguf_file: str | None = None) -> PreTrainedToke
     """
     if gguf_file is None and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         raise ValueError(f"language model {folder} has no tokenizer: copy its tokenizer files into the folder")
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file, trust_remote_code=False)
+    tokenizer = from_folder(AutoTokenizer, folder, gguf_file=gguf_file)
     if not tokenizer.is_fast:
         raise ValueError(
             f"tokenizer of {folder} is a slow one, without character offsets: save it with a tokenizer.json"

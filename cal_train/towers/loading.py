@@ -6,7 +6,6 @@ import json
 from collections.abc import Collection, Mapping
 from copy import deepcopy
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, cast
 
 import torch
@@ -20,6 +19,8 @@ from transformers import (
     PreTrainedModel,
     SiglipVisionModel,
 )
+
+from cal_train.folders import from_folder
 
 TOWERS: dict[str, type[PreTrainedModel]] = {
     "clip_vision_model": CLIPVisionModel,
@@ -76,9 +77,9 @@ def folder_config(folder: Path, what: str) -> PreTrainedConfig:
     if "quantization_config" in json.loads((folder / "config.json").read_text(encoding="utf-8")):
         raise ValueError(f"{what} {folder} is quantised: use the folder with its original weights")
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{what} {folder} cannot be loaded: {error}") from error
+        return from_folder(AutoConfig, folder)
+    except ValueError as error:
+        raise ValueError(f"{what} {error}") from error
 
 
 def load_strict(
@@ -97,16 +98,16 @@ def load_strict(
         ValueError: If weights cannot be read, are missing or of another shape, or a file holds more than tensors.
     """
     try:
-        loaded = model_class.from_pretrained(
+        loaded = from_folder(
+            model_class,
             folder,
             dtype=torch.float32,
             weights_only=True,  # of a .bin file tensors are read and nothing is executed
-            trust_remote_code=False,
             output_loading_info=True,
             **options,
         )
-    except (OSError, UnpicklingError) as error:
-        raise ValueError(f"{what} {folder} cannot be loaded: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{what} {error}") from error
     model, info = cast(tuple[PreTrainedModel, dict], loaded)
     missing = [key for key in info["missing_keys"] if key.split(".")[0] not in may_lack]
     if lost := sorted([*missing, *(str(key) for key in info["mismatched_keys"])]):
@@ -155,7 +156,7 @@ def stored_image_processor(folder: Path) -> Any:
             f"vision tower {folder} has no preprocessor_config.json, which says how its images were normalised: "
             "copy it from where the tower came from"
         )
-    return AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
+    return from_folder(AutoImageProcessor, folder, backend="pil")
 
 
 def has_class_token(config: PreTrainedConfig) -> bool:

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.trainer_pt_utils import safe_globals
 
-from cal_train.models.shards import check_shards
+from cal_train.folders import check_shards, from_folder
 from cal_train.train.safe_save import complete_checkpoints, incomplete_because, settle_partials, step_of
 
 logger = logging.getLogger(__name__)
@@ -32,10 +32,9 @@ def load_weights_strictly(model: PreTrainedModel, folder: str | Path) -> None:
     Raises:
         ValueError: If a weight is missing, left over, or of another shape.
     """
-    check_shards(folder)
     loaded, info = cast(
         tuple[PreTrainedModel, dict[str, Any]],
-        type(model).from_pretrained(folder, dtype=model.dtype, output_loading_info=True),
+        from_folder(type(model), folder, dtype=model.dtype, output_loading_info=True),
     )
     problems = {name: keys for name, keys in info.items() if keys and name.endswith("keys")}
     if problems:

@@ -12,7 +12,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
-from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+from transformers.integrations import deepspeed
 
 from cal_train.conf import VlmTrainingArguments
 from cal_train.models.families import base_model
@@ -54,7 +54,7 @@ def flop_count(model: nn.Module, ablation: Literal["remove", "mask"] | None, arg
         args: Device, and its peak where that is given.
     """
     vlm = base_model(model)
-    with _not_split_by_deepspeed(args):
+    with _not_split_by_deepspeed():
         vision = _vision_flops(vlm.config)
     peak = None if args.device_peak_tflops is None else args.device_peak_tflops * 1e12
     if peak is None and args.device.type == "cuda":
@@ -94,14 +94,11 @@ def _vision_flops(config: PreTrainedConfig) -> float:
 
 
 @contextlib.contextmanager
-def _not_split_by_deepspeed(args: VlmTrainingArguments) -> Iterator[None]:
+def _not_split_by_deepspeed() -> Iterator[None]:
     """Let a model be built for its shapes alone: under ZeRO-3, transformers would split it over the ranks."""
-    config = args.hf_deepspeed_config
-    if config is None:
-        yield
-        return
-    unset_hf_deepspeed_config()
+    before = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
     try:
         yield
     finally:
-        set_hf_deepspeed_config(config)
+        deepspeed._hf_deepspeed_config_weak_ref = before

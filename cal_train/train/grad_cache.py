@@ -6,14 +6,16 @@ each chunk again, with the same random numbers, and backpropagates the surrogate
 
     sum <f_chunk, dL/df_chunk>  +  sum s_chunk dL/ds_chunk,
 
-plus, with the last chunk, ``sum <p, dL/dp>``: what scale, bias and projections get from the comparison itself, exactly
-once. The sums s are leaves like the features, so that a mean over tokens is divided by the count of the whole batch.
+plus, with each of n chunks, ``sum <p, dL/dp> / n``: what scale, bias and projections get from the comparison itself.
+(ZeRO-3 wants every parameter in the first of several backward passes, DDP in the last.) The sums s are leaves like the
+features, so that a mean over tokens is divided by the count of the whole batch.
 
 Differs from Gao et al. 2021, arXiv:2101.06983: terms within samples, parameters of the loss, and every random number
 (patch dropout, masks) are covered. Costs one more forward pass of everything.
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -95,11 +97,12 @@ def grad_cache_step(
     loss, parts = model(loss_of_chunks, chunks, ranks)  # the bare model: no engine looks at this backward pass
     of_objective = [p for p in model.objective.parameters() if p.requires_grad]
     cached = gradients(loss * scale, [*leaves(chunks), *of_objective])
-    own = [(p, cached[id(p)]) for p in of_objective if id(p) in cached]
+    own = [(p, cached[id(p)] / len(chunks)) for p in of_objective if id(p) in cached]
     for i, chunk in enumerate(chunks):
         is_last = i == len(chunks) - 1
         with chunk.rng.replayed(), contextlib.nullcontext() if is_last else no_sync():
-            backward(run(surrogate, chunk, cached, own if is_last else []))
+            # bound, for ZeRO-3 takes parameters among the root's arguments for activations and frees them too early
+            backward(run(functools.partial(surrogate, chunk=chunk, cached=cached, own=own)))
     return {
         "loss": loss.detach(),
         "parts": parts,

@@ -14,6 +14,7 @@ from transformers import TrainingArguments
 
 from cal_train.conf import CalArguments, DataArguments, ModelArguments, VlmTrainingArguments
 from cal_train.data.sources import training_sources
+from cal_train.data.stream_files import source_files
 from cal_train.train.provenance import RECORDS, read_record
 
 logger = logging.getLogger(__name__)
@@ -39,7 +40,8 @@ SCHEDULES_WITHOUT_END = ("constant", "constant_with_warmup", "inverse_sqrt")
 
 def facts_to_compare(args: TrainingArguments, data: DataArguments) -> dict[str, Any]:
     """Return what is compared besides options: ranks, engine, and the size in bytes of every data file."""
-    files = [Path(source.path) for source in training_sources(data)]
+    paths = [str(source.path) for source in training_sources(data)]
+    files = [file for path in paths for file in (source_files(path) if data.streaming else [Path(path)])]
     plugin = args.deepspeed_plugin
     engine = "FSDP" if args.fsdp_plugin_args else "DDP" if plugin is None else f"DeepSpeed ZeRO-{plugin.zero_stage}"
     return {

@@ -20,24 +20,23 @@ from transformers.utils.import_utils import is_flash_attn_2_available
 from cal_train.cal.strategies import TokenWeighting, resolve_weighting
 from cal_train.conf import CalArguments, ModelArguments, Recipe, VlmTrainingArguments
 from cal_train.data.collate import Collator
-from cal_train.data.dataset import VlmDataset, build_dataset, build_eval_dataset
+from cal_train.data.dataset import build_eval_dataset
 from cal_train.data.processor import load_processor
 from cal_train.data.sources import training_sources
+from cal_train.folders import from_folder
 from cal_train.models.anyres import check_grids
 from cal_train.models.families import FAMILIES
 from cal_train.models.lora import add_lora
 from cal_train.models.mgm_hd import for_grid, with_grid
 from cal_train.models.parts import Part, PartCount, freeze
 from cal_train.models.quantize import check_quantized, keep_layout, quantization_settings
-from cal_train.models.shards import check_shards
 from cal_train.models.tower import require_hidden_state
 from cal_train.models.vocabulary import stop_token_ids
 from cal_train.train.engines import NOTHING_ASKED, Asked, check_engine, check_ranks, keep_layer_names, keep_names
 from cal_train.train.resume_check import check_same_run, facts_to_compare
-from cal_train.train.run_data import build_sampler, cache_features, pack_tokens, rows_per_step
+from cal_train.train.run_data import TrainingRows, cache_features, go_on, pack_tokens, rows_per_step, training_rows
 from cal_train.train.run_folder import (
     checkpoint_to_resume,
-    data_seed,
     output_folder,
     resolved,
     set_up_logging,
@@ -82,10 +81,13 @@ def train(recipe: Recipe, asked: Asked = NOTHING_ASKED, evaluate_checkpoint: Eva
     drop_idle_sampling_options(model)
     trainable = wrap_lora(model, recipe.model)
     counts = freeze(trainable, recipe.model.stage, part_overrides(recipe.model))
-    dataset = build_dataset(recipe.data, processor, data_seed(recipe.training))
+    collate = Collator(processor.tokenizer.pad_token_id, pack_tokens(recipe, model, weighting))
+    rows = training_rows(recipe, processor, collate)
     eval_dataset = build_eval_dataset(recipe.data, processor)
-    features = cache_features(recipe, model, processor, [dataset, *([eval_dataset] if eval_dataset else [])])
-    has_stored_deltas = read_deltas(recipe, weighting, dataset)
+    datasets = [dataset for dataset in (rows.dataset, eval_dataset) if dataset is not None]
+    features = cache_features(recipe, model, processor, datasets)
+    has_stored_deltas = rows.dataset is not None and read_deltas(recipe, weighting, rows.dataset)
+    go_on(rows, resume, recipe.training)
     write_provenance(recipe, weighting, facts)
 
     trainer = VlmTrainer(
@@ -93,9 +95,10 @@ def train(recipe: Recipe, asked: Asked = NOTHING_ASKED, evaluate_checkpoint: Eva
         args=recipe.training,
         processor=processor,
         weighting=weighting,
-        train_dataset=dataset,
-        data_collator=Collator(processor.tokenizer.pad_token_id, pack_tokens(recipe, model, weighting)),
-        train_sampler=build_sampler(recipe, dataset),
+        train_dataset=rows.dataset,
+        data_collator=collate,
+        train_sampler=rows.sampler,
+        train_loader=rows.loader,
         eval_dataset=eval_dataset,
         mm_projector_lr=recipe.model.mm_projector_lr,
         vision_tower_lr=recipe.model.vision_tower_lr,
@@ -106,7 +109,7 @@ def train(recipe: Recipe, asked: Asked = NOTHING_ASKED, evaluate_checkpoint: Eva
     if evaluate_checkpoint is not None:
         trainer.add_callback(SuiteEvaluation(trainer, evaluate_checkpoint))
     check_engine(asked, trainer)
-    announce(recipe, weighting, dataset, counts)
+    announce(recipe, weighting, rows, counts)
     train_until_stopped(trainer, resume)
     trainer.save_model()
     trainer.save_state()
@@ -130,8 +133,7 @@ def load_model(model_args: ModelArguments, args: VlmTrainingArguments) -> PreTra
         ValueError: If the folder holds a model of a family that is not supported.
     """
     folder = model_args.model_name_or_path
-    check_shards(folder)
-    config = AutoConfig.from_pretrained(folder)
+    config = from_folder(AutoConfig, folder)
     if config.model_type not in FAMILIES:
         raise ValueError(
             f"{folder} holds a {config.model_type!r} model; supported are {', '.join(FAMILIES)}. Build one from parts "
@@ -153,7 +155,8 @@ def load_model(model_args: ModelArguments, args: VlmTrainingArguments) -> PreTra
     attention = model_args.attn_implementation or (
         "flash_attention_2" if is_flash_attn_2_available() and (args.bf16 or dtype == "bfloat16") else "sdpa"
     )
-    model = AutoModelForImageTextToText.from_pretrained(
+    model = from_folder(
+        AutoModelForImageTextToText,
         folder,
         config=config,
         dtype=getattr(torch, dtype),
@@ -260,17 +263,19 @@ def write_provenance(recipe: Recipe, weighting: TokenWeighting | None, facts: Ma
     write_record(recipe.training, option_groups(recipe), {**weights, **facts})
 
 
-def announce(recipe: Recipe, weighting: TokenWeighting | None, dataset: VlmDataset, counts: list[PartCount]) -> None:
+def announce(recipe: Recipe, weighting: TokenWeighting | None, rows: TrainingRows, counts: list[PartCount]) -> None:
     """Log what is about to happen, one line per fact."""
     args = recipe.training
     logger.info(
         "%d rows; %d per step = %d per device x %d accumulated x %d ranks",
-        len(dataset),
+        rows.num_rows,
         rows_per_step(args),
         args.per_device_train_batch_size,
         args.gradient_accumulation_steps,
         args.world_size,
     )
+    if left_out := rows.left_out(args.world_size):
+        logger.info("%d rows of each epoch, others each time, do not fill a batch of every rank: left out", left_out)
     for count in counts:
         logger.info("%s", count)
     logger.info("CAL: %s", "off" if weighting is None or weighting.ablation is None else weighting)

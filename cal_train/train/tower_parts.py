@@ -16,6 +16,7 @@ from transformers.utils.constants import (
 )
 
 from cal_train.conf_towers import TowerArguments
+from cal_train.folders import from_folder
 from cal_train.objectives.families import OBJECTIVES, option_names
 from cal_train.towers.export import square_image_processor
 from cal_train.towers.loading import stored_image_processor
@@ -55,7 +56,7 @@ def load_tokenizer(towers: TowerArguments) -> PreTrainedTokenizerBase:
         raise ValueError("the recipe sets no tokenizer: name a folder with one (text_tower is a configuration)")
     if not Path(folder).is_dir():
         raise ValueError(f"tokenizer folder {folder} does not exist")
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    tokenizer = from_folder(AutoTokenizer, folder)
     if tokenizer.pad_token_id is None:
         raise ValueError(f"the tokenizer in {folder} has no padding token: set pad_token in its configuration")
     tokenizer.padding_side = "right"

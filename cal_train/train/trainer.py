@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, ProcessorMixin, Trainer, TrainerCallba
 
 from cal_train.cal.strategies import TokenWeighting
 from cal_train.conf import VlmTrainingArguments
+from cal_train.data.stream_loader import StreamBatch, StreamLoader
 from cal_train.models.families import base_model
 from cal_train.models.head import find_head
 from cal_train.models.lora import load_adapter_strictly, save_newline
@@ -23,6 +24,7 @@ from cal_train.train.flop_count import flop_count
 from cal_train.train.metrics import LogWindow, Stopwatch, learning_rates
 from cal_train.train.step import StepOptions, attach_step
 from cal_train.train.step_guard import StepGuard
+from cal_train.train.stream import epoch_loader, write_position
 from cal_train.train.trainer_saves import SafeTrainer
 from cal_train.types import IGNORE_INDEX, DropCount, Problem
 
@@ -43,7 +45,7 @@ class VlmTrainer(SafeTrainer):
         args: Training arguments.
         processor: Saved beside every checkpoint, chat template included.
         weighting: None for plain training.
-        train_dataset: Map-style, with ``set_epoch``.
+        train_dataset: Map-style, with ``set_epoch``; None with a ``train_loader``.
         data_collator: Makes the batch dict (`cal_train.data.collate`).
         train_sampler: Order of the rows; has ``set_epoch``.
         eval_dataset: Rows of the evaluation loss.
@@ -53,6 +55,7 @@ class VlmTrainer(SafeTrainer):
             is read.
         has_cached_features: Batches bring ``vision_features``.
         has_stored_deltas: Batches bring the deltas of their labels.
+        train_loader: The batches of this rank, where they are streamed.
     """
 
     loss_is_scaled_for_ga: bool | None = True
@@ -65,7 +68,7 @@ class VlmTrainer(SafeTrainer):
         args: VlmTrainingArguments,
         processor: ProcessorMixin,
         weighting: TokenWeighting | None,
-        train_dataset: Dataset,
+        train_dataset: Dataset | None,
         data_collator: Callable[[Sequence[Any]], dict[str, Any]],
         train_sampler: Sampler[int] | None = None,
         eval_dataset: Dataset | None = None,
@@ -74,6 +77,7 @@ class VlmTrainer(SafeTrainer):
         max_bad_samples: int = 0,
         has_cached_features: bool = False,
         has_stored_deltas: bool = False,
+        train_loader: StreamLoader | None = None,
     ):
         if args.n_gpu > 1:
             raise ValueError(
@@ -96,7 +100,7 @@ class VlmTrainer(SafeTrainer):
         # mean per micro-batch and the Trainer divides by the number of accumulation steps.
         self.loss_is_scaled_for_ga = weighting is None or weighting.normalizer == "sample"
         self.weighting = weighting
-        self.train_sampler = train_sampler
+        self.train_sampler, self.train_loader = train_sampler, train_loader
         self.group_options = {"mm_projector_lr": mm_projector_lr, "vision_tower_lr": vision_tower_lr}
         self.max_bad_samples = max_bad_samples
         self.dropped = DropCount()
@@ -108,6 +112,8 @@ class VlmTrainer(SafeTrainer):
         self.step_options = StepOptions(
             head, weighting, self._is_sharded(), has_cached_features, ablated_clock, has_stored_deltas
         )
+        if train_loader is not None:
+            self._count_bad_files(train_loader)
         self.guard = StepGuard(cast(Trainer, self), args.max_nonfinite_steps)
         self.add_callback(_SetEpoch(self))
         self.add_callback(self.guard)
@@ -153,9 +159,9 @@ class VlmTrainer(SafeTrainer):
             return batches, None
         num_labels = torch.stack([count_labels(batch["labels"]) for batch in batches]).to(device)
         own = torch.stack([num_labels.sum(), (num_labels > 0).sum(), torch.tensor(len(batches), device=device)])
-        num_labels, num_with_labels, num_batches = self._sum_over_ranks(own)
-        self.share_with_labels = float(num_with_labels / num_batches)
-        return batches, num_labels
+        sums = self._sum_over_ranks(own)
+        self.share_with_labels = float(sums[1] / sums[2])
+        return batches, sums[0]
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Build the optimizer with one parameter group per part and decay."""
@@ -221,6 +227,8 @@ class VlmTrainer(SafeTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Return the batches of this rank."""
+        if self.train_loader is not None:
+            return epoch_loader(self.train_loader, _inputs_of)
         sampler = cast(Sampler[int], self.train_sampler)
         return train_batches(cast(Dataset, self.train_dataset), sampler, cast(Any, self.data_collator), self.args)
 
@@ -242,12 +250,20 @@ class VlmTrainer(SafeTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
+        if self.args.should_save and self.train_loader is not None and self.aside is not None:  # part of a checkpoint
+            write_position(self.train_loader, cast(str, output_dir))
         # An adapter folder would lack what the template's answers end with; `merge` takes it from there.
         if self.args.should_save and isinstance(self.model, PeftModel):
             folder = output_dir or cast(str, self.args.output_dir)
             base_model(self.model).generation_config.save_pretrained(folder)
             save_newline(self.model, folder, state_dict)
             write_quantization(base_model(self.model), folder)
+
+    def _count_bad_files(self, loader: StreamLoader) -> None:
+        """Count what opening the files has found: too much of it stops every rank, in the log it is on one alone."""
+        self._count_dropped([problem for blocks in loader.stream.blocks for problem in blocks.problems])
+        if self.args.process_index > 0:
+            self.dropped = DropCount()
 
     def _is_sharded(self) -> bool:
         deepspeed = self.accelerator.state.deepspeed_plugin
@@ -270,6 +286,15 @@ class VlmTrainer(SafeTrainer):
                 )
 
 
+def _inputs_of(batch: StreamBatch) -> dict[str, Any]:
+    return {
+        **batch.inputs,
+        "sample_ids": batch.sample_ids,
+        "dropped": batch.dropped,
+        "num_truncated": batch.num_cut,
+    }
+
+
 def count_labels(labels_BS: Tensor) -> Tensor:
     """Return how many label tokens are predicted; a label at position 0 never is."""
     return (labels_BS[:, 1:] != IGNORE_INDEX).sum()
@@ -283,12 +308,12 @@ class _SetEpoch(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         trainer, weighting = self.trainer, self.trainer.weighting
-        contrasts = weighting is not None and not trainer.step_options.has_stored_deltas
-        trainer.window.flops = flop_count(trainer.model, weighting.ablation if contrasts else None, args)
+        has_pass = not trainer.step_options.has_stored_deltas
+        trainer.window.flops = flop_count(trainer.model, weighting.ablation if weighting and has_pass else None, args)
         trainer.window.start(state.global_step)
 
     def on_epoch_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         epoch = int(state.epoch + 1e-6)
-        for target in (self.trainer.train_sampler, self.trainer.train_dataset):
+        for target in (self.trainer.train_sampler, self.trainer.train_dataset, self.trainer.train_loader):
             if target is not None:
                 cast(HasEpoch, target).set_epoch(epoch)

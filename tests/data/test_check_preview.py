@@ -10,10 +10,10 @@ from cal_train.cli import check_data, preview
 from cal_train.data.check import CheckReport, check_source
 from cal_train.data.dataset import VlmDataset
 from cal_train.data.images import DEFAULT_LIMITS
-from cal_train.data.preview import Preview, Segment, preview_row, to_html, to_terminal, token_segments
+from cal_train.data.preview import Preview, Segment, preview_sample, to_html, to_terminal, token_segments
 from cal_train.data.sources import Source
 from cal_train.testing import tiny_processor, tiny_tokenizer, write_tiny_data, write_tiny_vlm
-from cal_train.types import IGNORE_INDEX
+from cal_train.types import IGNORE_INDEX, BadSampleError
 
 
 @pytest.fixture
@@ -37,6 +37,13 @@ def edit(data_path: Path, **changes: dict) -> None:
     for number, change in changes.items():
         rows[int(number[1:])] |= change
     data_path.write_text(json.dumps(rows))
+
+
+def preview_row(dataset: VlmDataset, i: int) -> Preview:
+    try:
+        return preview_sample(dataset.load_sample(i), dataset.encoder)
+    except BadSampleError as error:
+        return preview_sample(error.problem, dataset.encoder)
 
 
 def run_check(path: Path, image_root: Path | None = None, options: tuple[str, ...] = ()) -> int:
@@ -135,14 +142,14 @@ def test_bad_row_is_shown_with_its_problem(data_path, tmp_path):
 
 
 def test_preview_verb_shows_rows_and_writes_a_page(recipe, tmp_path, capsys):
-    assert preview.run(argparse.Namespace(recipe=str(recipe), rows=2, html=None, options=[])) == 0
+    assert preview.run(argparse.Namespace(recipe=str(recipe), rows=2, html=None, model=None, options=[])) == 0
     out = capsys.readouterr().out
     assert "row-0" in out and "row-1" in out and "row-2" not in out and "<image \u00d74>" in out
     page = tmp_path / "page.html"
-    assert preview.run(argparse.Namespace(recipe=str(recipe), rows=99, html=str(page), options=[])) == 0
+    assert preview.run(argparse.Namespace(recipe=str(recipe), rows=99, html=str(page), model=None, options=[])) == 0
     assert page.read_text(encoding="utf-8").count("<h2>") == 8
 
 
 def test_preview_of_no_rows_is_refused(recipe):
     with pytest.raises(ValueError, match="at least 1"):
-        preview.run(argparse.Namespace(recipe=str(recipe), rows=0, html=None, options=[]))
+        preview.run(argparse.Namespace(recipe=str(recipe), rows=0, html=None, model=None, options=[]))

@@ -4,12 +4,14 @@
 everything is imported already: a run then takes seconds, and its ranks are processes like any other.
 """
 
+import io
 import json
 import os
 import random
 import signal
 import socket
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -28,8 +30,16 @@ SEED = 20
 
 
 @pytest.fixture(scope="module")
-def recipe(tmp_path_factory):
-    """A recipe with everything that has a position to lose: Adam, dropout, CAL, accumulation, workers, a schedule."""
+def recipe(recipes):
+    return recipes / "recipe.yaml"
+
+
+@pytest.fixture(scope="module")
+def recipes(tmp_path_factory):
+    """Recipes with everything that has a position to lose: Adam, dropout, CAL, accumulation, workers, a schedule.
+
+    ``recipe.yaml`` sorts map-style rows, ``streaming.yaml`` packs what it reads from shards.
+    """
     root = tmp_path_factory.mktemp("kill")
     write_tiny_vlm(root / "vlm")
     write_tiny_data(root / "data", num_rows=24)
@@ -57,9 +67,28 @@ def recipe(tmp_path_factory):
         "disable_tqdm": True,
         "use_cpu": True,
     }
-    path = root / "recipe.yaml"
-    path.write_text(yaml.safe_dump(values))
-    return path
+    (root / "recipe.yaml").write_text(yaml.safe_dump(values))
+    write_shards(root / "data", root / "shards")
+    values |= {"data_path": str(root / "shards"), "streaming": True, "shuffle_pool": 6, "packing": True}
+    values |= {"group_by_modality_length": False}
+    (root / "streaming.yaml").write_text(yaml.safe_dump(values))
+    return root
+
+
+def write_shards(data, folder):
+    """Write the tiny data as webdataset shards of five rows."""
+    folder.mkdir()
+    rows = json.loads((data / "data.json").read_text())
+    for first in range(0, len(rows), 5):
+        with tarfile.open(folder / f"{first:02}.tar", "w") as tar:
+            for row in rows[first : first + 5]:
+                members = {f"{row['id']}.json": json.dumps(row).encode()}
+                if "image" in row:
+                    members[f"{row['id']}.png"] = (data / "images" / row["image"]).read_bytes()
+                for name, content in members.items():
+                    info = tarfile.TarInfo(name)
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
 
 
 def start(recipe, output, world_size):
@@ -158,9 +187,12 @@ def check_it_ran_on(run, world_size):
     assert json.loads((run / "environment.json").read_text())["world_size"] == world_size
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize(("name", "world_size"), [("recipe", 1), ("recipe", 2), ("streaming", 2)])
 @pytest.mark.timeout(1800)
-def test_killed_at_random_moments_and_resumed_a_run_ends_bit_for_bit_the_same(recipe, tmp_path, request, world_size):
+def test_killed_at_random_moments_and_resumed_a_run_ends_bit_for_bit_the_same(
+    recipes, tmp_path, request, name, world_size
+):
+    recipe = recipes / f"{name}.yaml"
     num_kills = request.config.getoption("--kills")
     assert wait(start(recipe, tmp_path / "straight", world_size)) == [0] * world_size, log(tmp_path / "straight")
     check_it_ran_on(tmp_path / "straight" / "run", world_size)
@@ -181,7 +213,8 @@ def test_killed_at_random_moments_and_resumed_a_run_ends_bit_for_bit_the_same(re
         steps.append(max((int(path.name.split("-")[1]) for path in run.glob("checkpoint-*[0-9]")), default=0))
     assert wait(start(recipe, tmp_path / "killed", world_size)) == [0] * world_size, log(tmp_path / "killed")
     check_it_ends_the_same(run, expected, losses)
-    print(f"{world_size} ranks: {num_kills} kills at steps {steps}, {num_left_half_written} left a half-written save")
+    saves = f"{num_left_half_written} left a half-written save"
+    print(f"{name}, {world_size} ranks: {num_kills} kills at steps {steps}, {saves}")
     assert num_left_half_written > 0
 
 

@@ -1,7 +1,7 @@
 """Rows that real and malicious data files hold. Each is a whole row, and whether it can be trained on.
 
-``ROWS`` maps a name to ``(row, is_kept)``. The image root has ``ok.png`` and what `write_row_world` puts there. Rows are
-written as JSON by `line_of`, so a lone surrogate stands there as an escape.
+``ROWS`` maps a name to ``(row, is_kept)``. The image root has ``ok.png`` and what `write_row_world` puts there. Rows
+are written as JSON by `line_of`, so a lone surrogate stands there as an escape.
 """
 
 import json
@@ -75,7 +75,7 @@ FORM = {
     "text-list": (row(question=["hi"], image=None), DROPPED),
     "answer-null": (row(answer=None), DROPPED),
     "answer-true": (row(answer=True), DROPPED),
-    "duplicate-keys": ('{"id": "x", "conversations": 3, "conversations": %s}' % json.dumps(turns("hi")), KEPT),
+    "duplicate-keys": (f'{{"id": "x", "conversations": 3, "conversations": {json.dumps(turns("hi"))}}}', KEPT),
     "open-turn-behind-answer": ({"id": "x", "conversations": [*turns("hi"), turns("and?")[0]]}, KEPT),
     "foreign-columns": (row(image="ok.png", score=float("nan"), meta={"a": [1, {"b": None}]}), KEPT),
 }
@@ -106,7 +106,7 @@ TEXTS = {
     "rich-markup": (row(answer="[bold red]no[/] [link=file:///etc/passwd]x[/link]"), KEPT),
     "template-syntax": (row(question="<image> {{ 7 * 7 }} {% raw %}", answer="{% endgeneration %}{{ x }}"), KEPT),
     "percent-and-braces": (row(question="<image> %s %n {0} {}", answer="%d{}"), KEPT),
-    "mark-in-two-halves": (row(question="<ima" "ge", image=None), KEPT),
+    "mark-in-two-halves": (row(question="<image", image=None), KEPT),
     "mark-in-capitals": (row(question="<IMAGE>", image=None), KEPT),
     "mark-without-image": (row(image=None), DROPPED),
     "image-without-mark": (row(question="hi"), DROPPED),
@@ -135,7 +135,7 @@ PATHS = {
     "two-links-in-a-circle": (row(image="ping.png"), DROPPED),
     "link-into-nothing": (row(image="dangling.png"), DROPPED),
     "link-to-inside": (row(image="link-in.png"), KEPT),
-    "sixty-links-in-a-row": (row(image="chain-0.png"), DROPPED),
+    "sixty-links-in-a-row": (row(image="chain-0.png"), KEPT),
     "link-to-dev-zero": (row(image="zero.png"), DROPPED),
     "link-to-environ": (row(image="environ.png"), DROPPED),
     "dev-zero": (row(image="/dev/zero"), DROPPED),
@@ -215,8 +215,11 @@ MESSAGES = {
     "images-in-both-places": (parts(IMAGE, TEXT, images=["ok.png"]), DROPPED),
     "images-column": (parts({"type": "image"}, TEXT, images=["ok.png"]), KEPT),
     "image-in-the-answer": (parts(TEXT, answer=[IMAGE]), DROPPED),
-    "role-tool": ({"id": "x", "messages": [{"role": "tool", "content": "q"}, {"role": "assistant", "content": "a"}]}, DROPPED),
-}  # fmt: skip
+    "role-tool": (
+        {"id": "x", "messages": [{"role": "tool", "content": "q"}, {"role": "assistant", "content": "a"}]},
+        DROPPED,
+    ),
+}
 
 KINDS = {"form": FORM, "text": TEXTS, "path": PATHS, "id": IDS, "messages": MESSAGES}
 ROWS = {f"{kind}: {name}": case for kind, cases in KINDS.items() for name, case in cases.items()}

@@ -1,9 +1,7 @@
-"""What the hostile cases start from: a tiny model, its data, and a folder outside of all roots that nothing may read."""
+"""What hostile cases start from: a tiny model, its data, and a folder outside of all roots that nothing may read."""
 
 import json
 import shutil
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,7 +54,8 @@ class World:
             "use_cpu": True,
         } | options
         path = folder / "recipe.yaml"
-        path.write_text("".join(f"{name}: {json.dumps(value)}\n" for name, value in values.items() if value is not None))
+        lines = [f"{name}: {json.dumps(value)}\n" for name, value in values.items() if value is not None]
+        path.write_text("".join(lines))
         return path
 
 
@@ -72,10 +71,3 @@ def build_world(root: Path) -> World:
     shutil.copy(model / "model.safetensors", outside / "model.safetensors")
     (outside / "secret.jinja").write_text(SECRET)
     return World(inside, outside, model, data)
-
-
-def train_here(recipe: Path, *options: str) -> None:
-    """Train in a process of its own, for folders of runs that a case then spoils."""
-    command = [sys.executable, "-P", "-m", "cal_train", "train", str(recipe), *options]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]

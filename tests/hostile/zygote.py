@@ -1,9 +1,9 @@
 """A server that runs verbs of the program in forked children with limits, and says what each child did.
 
 It reads one request per line from standard input and writes one answer per line: both JSON. A child starts in about
-10 ms, as everything is imported already (threads that imports start are idle, and hold no lock), and has: a limit on its memory and its time, an audit hook that notes every
-file that Python opens and every connection, and a watch of the kernel on folders that nothing may open (which also sees
-files that are opened by libraries in other languages).
+10 ms, as everything is imported already (threads that imports start are idle, and hold no lock). It has a limit on its
+memory and its time, an audit hook that notes every file that Python opens and every connection, and a watch of the
+kernel on folders that nothing may open, which also sees files that are opened by libraries in other languages.
 """
 
 import ctypes
@@ -57,6 +57,8 @@ def run_verb(request):
     before = memory_kib("VmRSS")
     limit = memory_kib("VmSize") * 1024 + request["max_memory"]
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    spent = int(resource.getrusage(resource.RUSAGE_SELF).ru_utime)
+    resource.setrlimit(resource.RLIMIT_CPU, (spent + request["max_seconds"],) * 2)
     sys.addaudithook(note)
     crash = ""
     try:
@@ -83,7 +85,7 @@ def child(request, folder):
     """Run a request with standard output and error in files, and write its answer to a third."""
     os.chdir(folder)
     os.setsid()
-    sys.stdin = open(os.devnull)  # noqa: SIM115
+    sys.stdin = open(os.devnull)
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     for stream in (sys.stdout, sys.stderr):
@@ -106,7 +108,7 @@ def serve(request, folder):
             os._exit(0)
     is_late = False
     while not os.waitpid(pid, os.WNOHANG)[0]:
-        if time.monotonic() - started > request["max_seconds"]:
+        if time.monotonic() - started > 6 * request["max_seconds"]:  # other processes share the machine
             is_late = True
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from cal_train.cli.main import main
-from cal_train.models.shards import check_shards
+from cal_train.folders import check_shards
 from cal_train.train.checkpoint import check_pickles, resolve_resume
 from cal_train.train.run_folder import clear_or_refuse
 from cal_train.train.safe_save import incomplete_because, mark_complete

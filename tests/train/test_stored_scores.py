@@ -78,7 +78,7 @@ def test_the_first_step_is_that_of_live_cal_and_no_second_pass_runs(
     assert max_difference(live, stored) < 1e-6
     [expected], [line] = log_of(live), log_of(stored)
     for name in ("loss", "grad_norm", "cal/weight_mean", "cal/delta_mean", "cal/share_low", "cal/share_high"):
-        assert line[name] == pytest.approx(expected[name], rel=1e-6), name
+        assert line[name] == pytest.approx(expected[name], rel=1e-6, abs=1e-6), name  # the mean delta is nearly 0
     assert line["cal/overhead"] == 0 < expected["cal/overhead"]
 
 

@@ -361,7 +361,12 @@ CASES = {
         json.dumps(VISION | {"model_type": "siglip_vision_model"}),
     ),
     "coca": ("--objective_options", "{embed_dim: 16, num_queries: 4, decoder_layers: 1, num_heads: 4}"),
+    "sycoca": (
+        "--objective_options",
+        "{embed_dim: 16, num_queries: 4, decoder_layers: 1, num_heads: 4, image_decoder_layers: 1}",
+    ),
     "llip": ("--num_mixture_tokens", "4", "--objective_options", "{embed_dim: 16, num_heads: 2}"),
+    "filip": (),
 }
 
 

@@ -25,6 +25,7 @@ from transformers import AutoModelForImageTextToText
 
 from cal_train.data.processor import load_processor
 from cal_train.evals.lmms.prompts import make_prompter, without_marks
+from cal_train.folders import from_folder
 from cal_train.models.contrast import ImageContrast, check_contrast
 from cal_train.models.families import FAMILIES
 
@@ -105,8 +106,8 @@ class CalTrain(lmms):
         self.device = torch.device(device) if device and self._world_size == 1 else self.accelerator.device
         self.processor: Any = load_processor(pretrained)
         self.prompter = make_prompter(self.processor)
-        model: Any = AutoModelForImageTextToText.from_pretrained(
-            pretrained, dtype=dtype, attn_implementation=attn_implementation
+        model: Any = from_folder(
+            AutoModelForImageTextToText, pretrained, dtype=dtype, attn_implementation=attn_implementation
         )
         self.model = model.to(self.device).eval()
 

@@ -78,6 +78,14 @@ def _label_problems(rows: Sequence[ScoredRow]) -> list[Finding]:
                     "Choose the template that fits the data and the model, and look at cal-train preview",
                 )
             )
+    num_twice = sum(row.begins_twice for row in rows)
+    if num_twice:
+        found.append(
+            Finding(
+                f"{num_twice} of {len(rows)} samples begin with the same token twice, probably the begin token",
+                "Take one of the two out of the chat template or the data, and look at cal-train preview",
+            )
+        )
     firsts = Counter(row.tokens[0] for row in rows if row.tokens)
     token, count = firsts.most_common(1)[0] if firsts else ("", 0)
     if len(rows) >= _MANY and count > _MOST * len(rows) and not any(character.isalnum() for character in token):

@@ -22,6 +22,7 @@ from cal_train.evals.report.summary import surprises
 from cal_train.evals.sight.attention import check_layers
 from cal_train.evals.sight.sample import sample_sight
 from cal_train.evals.sight.values import SampleSight
+from cal_train.folders import from_folder
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,7 @@ def add_maps(content: PageContent, request: MapRequest) -> PageContent:
     if not content.models:
         raise ValueError("--maps needs a score file: give one, or a run folder with scores.jsonl")
     if request.models and len(request.models) != len(content.models):
-        raise ValueError(
-            f"{len(request.models)} models for {len(content.models)} score files: give --model once for each"
-        )
+        raise ValueError(f"{len(request.models)} models, {len(content.models)} score files: give --model once for each")
     notes = list(content.notes)
     given = [Path(folder) for folder in request.models] or [None] * len(content.models)
     folders = [_model_folder(model, folder, notes) for model, folder in zip(content.models, given, strict=True)]
@@ -119,7 +118,7 @@ def _sights(
     """Return the maps of each sample by one model."""
     assert model.scores is not None
     processor = load_processor(folder)
-    vlm = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    vlm = from_folder(AutoModelForImageTextToText, folder, dtype=torch.float32).eval()
     check_layers(vlm, layers)
     cast(nn.Module, vlm).to("cuda" if torch.cuda.is_available() else "cpu")
     ids = read_input_ids(model.scores, images)

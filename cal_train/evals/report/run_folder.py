@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cal_train.evals.report.task_curves import STATE_NAME, read_task_curves
+
 SCORES_NAME = "scores.jsonl"
-STATE_NAME = "trainer_state.json"
 MAX_RUNS = 6
 _NOT_CURVES = ("step", "epoch", "total_flos")
 _FIRST = ("loss", "eval_loss", "cal/delta_mean", "cal/weight_mean", "cal/share_low", "cal/share_high")
@@ -51,6 +52,7 @@ def read_source(path: str | Path) -> ReportSource:
     scores = path / SCORES_NAME if (path / SCORES_NAME).is_file() else None
     states = [path / STATE_NAME] if (path / STATE_NAME).is_file() else sorted(path.glob(f"*/{STATE_NAME}"))[:MAX_RUNS]
     curves = read_curves({state.parent.name: state for state in states})
+    curves = with_task_curves(curves, list(dict.fromkeys([*(state.parent for state in states), path])))
     tables = read_tables(path)
     if scores is None and not curves and not tables:
         raise ValueError(
@@ -81,6 +83,22 @@ def read_curves(states: Mapping[str, Path]) -> Curves:
                     curves.setdefault(metric, {}).setdefault(run, []).append((int(entry.get("step", 0)), float(value)))
     kept = {metric: runs for metric, runs in curves.items() if max(map(len, runs.values())) > 1}
     return dict(sorted(kept.items(), key=lambda item: _rank(item[0])))
+
+
+def with_task_curves(curves: Curves, runs: Sequence[Path]) -> Curves:
+    """Return curves with the benchmark results of the runs' checkpoints behind them, as ``SUITE/TASK/METRIC``.
+
+    They take the place of those in the log, which lacks what was evaluated by another process, or after a resume.
+    """
+    found: Curves = {}
+    for run in runs:
+        for suite, tasks in read_task_curves(run).items():
+            for name, points in tasks.items():
+                if len(points) > 1:
+                    found.setdefault(f"{suite}/{name}", {})[run.name] = points
+    if not found:
+        return curves
+    return {metric: lines for metric, lines in curves.items() if not metric.startswith("eval_suite/")} | found
 
 
 def _rank(metric: str) -> tuple[int, str]:

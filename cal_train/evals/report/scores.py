@@ -28,6 +28,8 @@ class ScoredRow:
     weight: np.ndarray
     num_tokens: int
     num_image_tokens: int | None = None
+    begins_twice: bool = False
+    """The first two tokens are the same one, and no image token."""
 
 
 def read_scores(path: str | Path, image_token_id: int | None = None) -> list[ScoredRow]:
@@ -78,8 +80,15 @@ def _row(record: Any, image_token_id: int | None, texts: dict[str, str]) -> Scor
         raise ValueError("label_positions reach outside input_ids")
     tokens = tuple(texts.setdefault(token, token) for token in record["tokens"])
     num_image_tokens = None if image_token_id is None else int((ids == image_token_id).sum())
+    begins_twice = len(ids) > 1 and ids[0] == ids[1] and image_token_id is not None and ids[0] != image_token_id
     return ScoredRow(
-        str(record["id"]), tokens, positions, **numbers, num_tokens=len(ids), num_image_tokens=num_image_tokens
+        str(record["id"]),
+        tokens,
+        positions,
+        **numbers,
+        num_tokens=len(ids),
+        num_image_tokens=num_image_tokens,
+        begins_twice=bool(begins_twice),
     )
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
+from cal_train.folders import from_folder
 from cal_train.models.convert.from_original import drop_tied_head, empty_model, weights_of
 from cal_train.models.convert.keys import (
     EMBEDDING,
@@ -106,7 +107,7 @@ def _read(source: Path, direction: str) -> tuple[Any, dict[str, Tensor], dict[st
     family = read_json(source / "config.json").get("model_type")
     if family not in PARTS_OF:
         raise ValueError(f"{source / 'config.json'}: model_type {family!r} is not one of {', '.join(PARTS_OF)}")
-    config: Any = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    config: Any = from_folder(AutoConfig, source)
     report = Report(direction, family)
     renamed = rename_disk(read_weights(source), str(source))
     tensors = renamed.tensors

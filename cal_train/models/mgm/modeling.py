@@ -17,7 +17,6 @@ from transformers.generation.utils import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
 from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
 from transformers.models.auto.modeling_auto import AutoModel, AutoModelForImageTextToText
-from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from transformers.utils.generic import ModelOutput, can_return_tuple
 from transformers.utils.import_utils import torch_compilable_check
 
@@ -70,6 +69,9 @@ class MGMModel(MGMPreTrainedModel):
     """Everything but the output head."""
 
     def __init__(self, config: MGMConfig):
+        # Not at the top: this module is imported when the Auto classes are, which LLaVA's module does halfway through.
+        from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
+
         super().__init__(config)
         vision: Any = config.vision_config
         aux: Any = config.aux_config

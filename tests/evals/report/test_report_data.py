@@ -236,3 +236,9 @@ def test_remembered_data_is_used_only_while_it_is_the_same(tmp_path):
     content = gather([scores])
     assert not content.thumbnails and "changed" in content.notes[0]
     assert len(gather([scores], DataPlace(data, None)).thumbnails) == 1
+
+
+def test_a_doubled_begin_token_is_found_in_a_score_file_and_image_tokens_are_none(tmp_path):
+    records = record("a", input_ids=[7, 7, 9, 9, 1, 2, 3]), record("b"), record("c", input_ids=[9, 9, 9, 9, 1, 2, 3])
+    assert [row.begins_twice for row in read(tmp_path, *records, image_token_id=9)] == [True, False, False]
+    assert "1 of 3 samples begin with the same token twice" in problems(tmp_path, *records, image_token_id=9)
