@@ -80,7 +80,7 @@ def area_under_curve(score: np.ndarray, is_positive: np.ndarray) -> float:
 
 def table_of(lines: list[Comparison]) -> Table:
     """Return the comparison as a table for the terminal."""
-    table = Table(title="Exact-match accuracy in percent (blind: the question without its picture)")
+    table = Table(title="Exact-match accuracy in percent (blind: the picture's tokens deleted)")
     for header in _HEADERS:
         table.add_column(header, justify="left" if header in ("split", "question") else "right")
     for line in lines:

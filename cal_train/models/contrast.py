@@ -33,6 +33,32 @@ def check_contrast(alpha: float, beta: float) -> None:
         )
 
 
+def without_images(input_ids_BS: Tensor, attention_mask_BS: Tensor, image_token_id: int) -> dict[str, Tensor]:
+    """Return prompts with their image tokens taken away and every other token at its position, padded on the left.
+
+    Args:
+        input_ids_BS: Prompts with expanded image placeholders, padded on the left.
+        attention_mask_BS: 1 for tokens, 0 for padding.
+        image_token_id: Of the placeholders.
+
+    Returns:
+        ``input_ids``, ``attention_mask`` and ``position_ids``, (B, K) each, as ``generate`` and the model take them.
+    """
+    is_text_BS = attention_mask_BS.bool() & (input_ids_BS != image_token_id)
+    num_text_B1 = is_text_BS.sum(1, keepdim=True)
+    width = max(int(num_text_B1.max()), 1)
+    # a stable sort moves what is kept to the end without changing its order
+    kept_BK = torch.argsort(is_text_BS.to(torch.int8), dim=1, stable=True)[:, -width:]
+    mask_BK = (torch.arange(width, device=input_ids_BS.device) >= width - num_text_B1).long()
+    positions_BS = (attention_mask_BS.cumsum(1) - 1).clamp_min(0)
+    return {
+        # what fills the places before a shorter prompt is hidden, but must be no image token
+        "input_ids": input_ids_BS.gather(1, kept_BK).masked_fill(mask_BK == 0, 0),
+        "attention_mask": mask_BK,
+        "position_ids": positions_BS.gather(1, kept_BK) * mask_BK,
+    }
+
+
 class ImageContrast(LogitsProcessor):
     """Contrast of one call of ``generate``: pass it in ``logits_processor``, and make a new one for the next call.
 
@@ -57,8 +83,7 @@ class ImageContrast(LogitsProcessor):
         self.log_beta = math.log(beta) if beta > 0 else -math.inf
         self.prompt_ids, self.prompt_mask = inputs["input_ids"], inputs["attention_mask"]
         is_image_BS = self.prompt_ids == self.model.config.image_token_id
-        self.is_text = self.prompt_mask.bool() & ~is_image_BS
-        self.is_contrasted = is_image_BS.any(1) & self.is_text.any(1)
+        self.is_contrasted = is_image_BS.any(1) & (self.prompt_mask.bool() & ~is_image_BS).any(1)
         self.seen_ids: Tensor | None = None
         self.cache: Any = None
 
@@ -92,17 +117,10 @@ class ImageContrast(LogitsProcessor):
             raise ValueError("this contrast was made for other prompts: make a new one for each call of generate")
         self.rows = self.is_contrasted.repeat_interleave(self.copies).nonzero()[:, 0]
         chosen = self.is_contrasted.nonzero()[:, 0].repeat_interleave(self.copies)
-        is_text_RS = self.is_text[chosen]
-        num_text_R = is_text_RS.sum(1)
-        width = int(num_text_R.max())
-        # a stable sort moves what is kept to the end without changing its order: prompts are padded on the left
-        kept_RK = torch.argsort(is_text_RS.to(torch.int8), dim=1, stable=True)[:, -width:]
-        positions_RS = (self.prompt_mask[chosen].cumsum(1) - 1).clamp_min(0)
-        self.key_mask = (torch.arange(width, device=input_ids.device) >= width - num_text_R[:, None]).long()
-        self.last_position = positions_RS[:, -1:]
-        # what fills the places before a shorter prompt is hidden, but must be no image token
-        ids_RK = input_ids[self.rows].gather(1, kept_RK).masked_fill(self.key_mask == 0, 0)
-        return self._run(ids_RK, positions_RS.gather(1, kept_RK) * self.key_mask)
+        text = without_images(self.prompt_ids[chosen], self.prompt_mask[chosen], self.model.config.image_token_id)
+        self.key_mask = text["attention_mask"]
+        self.last_position = self.prompt_mask[chosen].sum(1, keepdim=True) - 1
+        return self._run(text["input_ids"], text["position_ids"])
 
     def _continue(self, input_ids: Tensor) -> Tensor:
         """Run the newest token of each row."""

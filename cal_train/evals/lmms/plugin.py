@@ -24,9 +24,9 @@ from tqdm import tqdm
 from transformers import AutoModelForImageTextToText
 
 from cal_train.data.processor import load_processor
-from cal_train.evals.lmms.prompts import make_prompter, without_marks
+from cal_train.evals.lmms.prompts import make_prompter
 from cal_train.folders import from_folder
-from cal_train.models.contrast import ImageContrast, check_contrast
+from cal_train.models.contrast import ImageContrast, check_contrast, without_images
 from cal_train.models.families import FAMILIES
 
 logger = logging.getLogger(__name__)
@@ -70,7 +70,8 @@ class CalTrain(lmms):
         vcd_alpha: Strength of contrastive decoding (`cal_train.models.contrast`); 0 is plain decoding. Log-likelihood
             tasks are not decoded and stay as they are.
         vcd_beta: Share of the largest probability that a token must have to be chosen by contrastive decoding.
-        without_image: Ask every document without its images: what a model knows, or guesses, without looking.
+        without_image: Ask every document without its images: what a model knows, or guesses, without looking. The
+            prompt stays as it is; its image tokens are deleted and the text keeps its positions, as in CAL's own pass.
     """
 
     is_simple = True
@@ -166,8 +167,8 @@ class CalTrain(lmms):
             tails.append(ids[shared:])
         inputs = self._inputs(texts, images)
         num_kept = max(map(len, tails)) + 1  # with padding on the left every answer ends with its row
-        positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-        logits = self.model(**inputs, position_ids=positions, logits_to_keep=num_kept, use_cache=False).logits.float()
+        inputs = {"position_ids": (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0), **inputs}
+        logits = self.model(**inputs, logits_to_keep=num_kept, use_cache=False).logits.float()
         scores = []
         for row, ids in enumerate(tails):
             if inputs["input_ids"][row, -len(ids) :].tolist() != ids:
@@ -180,8 +181,6 @@ class CalTrain(lmms):
 
     def _question(self, text: str, to_visual: Any, doc_id: Any, task: str, split: str) -> tuple[str, list[Image.Image]]:
         """Return a document's text and images, as they are to be asked."""
-        if self.without_image:
-            return without_marks(text), []
         images = list(to_visual(self.task_dict[task][split][doc_id]) or [])
         for image in images:
             if not isinstance(image, Image.Image):
@@ -197,7 +196,10 @@ class CalTrain(lmms):
             add_special_tokens=self.prompter.adds_special_tokens(texts[0]),
             return_tensors="pt",
         )
-        return dict(batch.to(self.device, self.model.dtype))
+        inputs = dict(batch.to(self.device, self.model.dtype))
+        if self.without_image:
+            return without_images(inputs["input_ids"], inputs["attention_mask"], self.model.config.image_token_id)
+        return inputs
 
     def _generation_options(self, given: dict[str, Any], task: str) -> dict[str, Any]:
         ignored = sorted(given.keys() - _KNOWN_OPTIONS)

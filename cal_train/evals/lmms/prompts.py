@@ -71,11 +71,6 @@ class Prompter:
         return self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
 
 
-def without_marks(question: str) -> str:
-    """Return a question without the places of its images; a mark on a line of its own goes with its line."""
-    return question.replace(f"{IMAGE_MARK}\n", "").replace(IMAGE_MARK, "")
-
-
 def make_prompter(processor: ProcessorMixin) -> Prompter:
     """Return a prompter with the form of contents that the processor's template takes.
 
