@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import datasets
-import numpy as np
 from datasets.exceptions import DatasetGenerationError
 
+from cal_train.data.json_rows import find_lines, find_objects
 from cal_train.types import IMAGE_MARK, BadSampleError, Message, Problem, Role, Sample
 
 _LLAVA_ROLES: dict[str, Role] = {"human": "user", "gpt": "assistant", "system": "system"}
@@ -27,10 +27,11 @@ class Rows:
     """Random access to the rows of one data file, as plain dicts.
 
     JSON and JSONL rows are kept as one buffer of bytes and decoded on access: Python objects would be copied page by
-    page into every forked worker as their reference counts change. Parquet is memory-mapped by ``datasets``.
+    page into every forked worker as their reference counts change. A JSONL file may also stay on disk
+    (``in_memory=False``), with the places of its rows held. Parquet is memory-mapped by ``datasets``.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, in_memory: bool = True):
         """Open the file.
 
         Raises:
@@ -39,9 +40,8 @@ class Rows:
         self.path = Path(path)
         if not self.path.is_file():
             raise ValueError(f"data file {path} does not exist: check data_path")
-        readers = {".json": _read_json, ".jsonl": _read_jsonl}
         suffix = self.path.suffix.lower()
-        if suffix not in (*readers, ".parquet"):
+        if suffix not in (".json", ".jsonl", ".parquet"):
             raise ValueError(f"data file {path} is not .json, .jsonl or .parquet")
         self._table: datasets.Dataset | None = None
         if suffix == ".parquet":
@@ -51,12 +51,13 @@ class Rows:
             except (ValueError, OSError, DatasetGenerationError) as error:
                 raise ValueError(f"data file {path} is not a Parquet file: {error}") from error
         else:
-            self._buffer, self._offsets = readers[suffix](self.path)
+            found = find_objects(self.path) if suffix == ".json" else find_lines(self.path, in_memory)
+            self._source, self._edges = found
         if not len(self):
             raise ValueError(f"data file {path} has no rows")
 
     def __len__(self) -> int:
-        return len(self._table) if self._table is not None else len(self._offsets)
+        return len(self._table) if self._table is not None else len(self._edges) - 1
 
     def __getitem__(self, row: int) -> Any:
         """Return the decoded row; a dict if the file is right, whatever was found otherwise.
@@ -69,11 +70,13 @@ class Rows:
                 return self._table[row].to_pylist()[0]  # pyright: ignore[reportAttributeAccessIssue] (an Arrow table)
             except (ValueError, ArithmeticError, LookupError) as error:  # text that is not UTF-8, the year 300000
                 self._fail(row, f"a value cannot be read: {error}", "Correct the row, or leave out the column", error)
-        start, end = self._offsets[row]
+        start, end = self._edges[row], self._edges[row + 1]
         try:
-            return json.loads(self._buffer[start:end])
+            return json.loads(self._source[start:end].rstrip())  # blank lines behind a row are part of it
         except (ValueError, RecursionError) as error:
             self._fail(row, f"not JSON: {error}", "Correct the line", error)
+        except OSError as error:
+            self._fail(row, f"the file cannot be read: {error}", "Check that the file is still there", error)
 
     def _fail(self, row: int, problem: str, cure: str, error: Exception) -> NoReturn:
         raise BadSampleError(Problem(str(self.path), row, row_id(None, self.path, row), problem, cure)) from error
@@ -267,51 +270,3 @@ def _is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _read_json(path: Path) -> tuple[bytes, np.ndarray]:
-    """Return the rows of a JSON list as (buffer, byte ranges (rows, 2) int64), decoding one row at a time."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"data file {path} is not UTF-8: {error}") from error
-    decoder, chunks, sizes = json.JSONDecoder(), [], []
-    try:
-        position = _skip(text, 0, "[")
-        while text[position : position + 1] != "]":
-            if sizes:
-                position = _skip(text, position, ",")
-            end = decoder.raw_decode(text, position)[1]
-            chunk = text[position:end].encode()
-            chunks.append(chunk)
-            sizes.append(len(chunk))
-            position = _skip(text, end, "")
-    except (ValueError, RecursionError) as error:  # nested without end, or a number of thousands of digits
-        raise ValueError(f"data file {path} is not a JSON list of rows: {error}") from error
-    ends = np.cumsum(np.array(sizes, np.int64))
-    return b"".join(chunks), np.stack([ends - sizes, ends], axis=1) if sizes else np.empty((0, 2), np.int64)
-
-
-def _skip(text: str, position: int, sign: str) -> int:
-    """Return the position behind white space, ``sign`` and white space."""
-    position = _first_not_space(text, position)
-    if not text.startswith(sign, position):
-        raise json.JSONDecodeError(f"expected {sign!r}", text, position)
-    return _first_not_space(text, position + len(sign))
-
-
-def _first_not_space(text: str, position: int) -> int:
-    while text[position : position + 1] in (" ", "\n", "\r", "\t"):
-        position += 1
-    return position
-
-
-def _read_jsonl(path: Path) -> tuple[bytes, np.ndarray]:
-    """Return a JSONL file as (buffer, byte ranges of its lines that are not blank (rows, 2) int64)."""
-    buffer = path.read_bytes()
-    ranges, start = [], len(b"\xef\xbb\xbf") if buffer.startswith(b"\xef\xbb\xbf") else 0
-    for line in buffer[start:].splitlines(keepends=True):
-        if line.strip():
-            ranges.append((start, start + len(line)))
-        start += len(line)
-    return buffer, np.array(ranges, np.int64).reshape(-1, 2)

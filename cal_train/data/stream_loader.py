@@ -257,7 +257,7 @@ class StreamLoader:
             if state.get(name) != value:
                 raise ValueError(
                     f"the saved stream position is for {name} {state.get(name)}, this run has {value}: set it back to "
-                    "go on exactly, or start the data from the beginning of an epoch"
+                    "go on exactly"
                 )
         self.set_epoch(int(state["epoch"]))
         self.stream.position = int(state["position"])

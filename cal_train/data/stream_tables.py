@@ -1,4 +1,4 @@
-"""Tables whose images are files of their own: CSV, TSV, JSON and JSONL, held in memory without the images."""
+"""Tables whose images are files of their own. CSV, TSV and JSON are held in memory, of JSONL where each row stands."""
 
 import csv
 from pathlib import Path
@@ -60,7 +60,7 @@ def open_table(file: Path) -> tuple[Rows | CsvRows, list[str]]:
     if file.suffix.lower() in (".csv", ".tsv"):
         table = CsvRows(file)
         return table, table.column_names
-    rows = Rows(file)
+    rows = Rows(file, in_memory=False)
     for i in range(len(rows)):
         first = _object(rows, i)
         if first is not None:

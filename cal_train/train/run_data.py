@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedModel, ProcessorMixin, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 
 from cal_train.cal.strategies import TokenWeighting
 from cal_train.conf import Recipe, VlmTrainingArguments
@@ -83,14 +84,29 @@ def go_on(rows: TrainingRows, checkpoint: str | None, args: VlmTrainingArguments
     With ``ignore_data_skip``, a resumed run begins its epoch anew.
 
     Raises:
-        ValueError: If data, batch size, ranks or workers are not those of the run that wrote it.
+        ValueError: If data, batch size, ranks or workers are not those of the run that wrote it, or its steps lead to
+            another place.
     """
     if checkpoint is None or rows.loader is None or args.ignore_data_skip:
         return
     try:
         read_position(rows.loader, checkpoint)
+        _check_place(rows.loader, checkpoint, args.gradient_accumulation_steps)
     except ValueError as error:
-        raise ValueError(f"{error} (with ignore_data_skip: true)") from error
+        raise ValueError(f"{error}; or set ignore_data_skip: true, which begins the epoch anew") from error
+
+
+def _check_place(loader: StreamLoader, checkpoint: str, accumulation: int) -> None:
+    """The Trainer computes from the steps how many batches it passes over; they have to be those that were read."""
+    num_steps = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)).global_step
+    epoch, step = divmod(num_steps, -(-len(loader) // accumulation))
+    plan, position = loader.stream.plan, loader.stream.position
+    if (plan.epoch, position) != (epoch, step * accumulation):
+        raise ValueError(
+            f"{checkpoint} stands at batch {position} of epoch {plan.epoch}, but its {num_steps} steps of "
+            f"{accumulation} batches lead to batch {step * accumulation} of epoch {epoch}: it is of a run that began an "
+            "epoch anew, or had other gradient_accumulation_steps. Resume from a checkpoint before that"
+        )
 
 
 def cache_features(

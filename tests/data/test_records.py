@@ -1,5 +1,6 @@
 import json
 import pickle
+import tracemalloc
 from pathlib import Path
 
 import datasets
@@ -183,6 +184,41 @@ def test_jsonl_rows_come_back_as_written_and_blank_lines_do_not_count(tmp_path):
     lines = [json.dumps(row, ensure_ascii=False) for row in ROWS]
     path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join([lines[0], "", *lines[1:]]).encode())
     assert list(Rows(path)) == ROWS
+
+
+AWKWARD = b"\xef\xbb\xbf \n" + b'{"a": 1}\r\n\r\n \t\x0c\n{"a": "\xe2\x80\xa8\xc2\x85"}\r{"a"\n{"a": 4}'
+
+
+def test_a_jsonl_file_left_on_disk_gives_the_rows_of_one_that_is_held(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    for text in (AWKWARD, AWKWARD + b"\n", AWKWARD + b"\r\n\n"):
+        path.write_bytes(text)
+        for rows in (Rows(path), pickle.loads(pickle.dumps(Rows(path, in_memory=False)))):
+            assert len(rows) == 4
+            assert [rows[i] for i in (3, 1, 0)] == [{"a": 4}, {"a": "\u2028\x85"}, {"a": 1}]
+            with pytest.raises(BadSampleError, match="not JSON"):
+                rows[2]
+
+
+def test_a_jsonl_file_left_on_disk_costs_memory_for_the_places_of_its_rows_alone(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    line = json.dumps({"text": "x" * 2000}) + "\n"
+    path.write_text(line * 20_000)  # 40 MB
+    tracemalloc.start()
+    rows = Rows(path, in_memory=False)
+    assert rows[19_999]["text"] == "x" * 2000
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(rows) == 20_000 and held < 20_000 * 8 + 100_000
+
+
+def test_a_jsonl_file_that_went_away_is_a_bad_row(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("{}\n{}\n")
+    rows = Rows(path, in_memory=False)
+    path.unlink()
+    with pytest.raises(BadSampleError, match="cannot be read"):
+        rows[1]
 
 
 def test_parquet_rows_come_back_with_their_images_undecoded(tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ from pyarrow import parquet
 from torch.utils.data import Sampler
 
 from cal_train.data.dataset import build_dataset
+from cal_train.data.examples import SampleEncoder
 from cal_train.train import run as run_module
 from cal_train.train import run_data
 
@@ -94,27 +95,61 @@ def test_streamed_training_has_the_losses_of_map_style_data_in_the_same_order(
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("step", [2, 6, 8], ids=["mid-epoch", "epoch-end", "second-epoch"])
-def test_a_resumed_stream_ends_bit_for_bit_the_same(streamed, weights_of, tmp_path, step):
-    options = ("--packing", "true", "--cal", "true", "--dataloader_num_workers", "1")
-    saving = ("--save_strategy", "steps", "--save_steps", "2", "--save_total_limit", "10")
-    straight = streamed(*options, *saving, "--output_dir", str(tmp_path / "run"))
-    expected, losses = weights_of(straight), losses_of(straight)
-    for file in [*straight.glob("*.safetensors"), *straight.glob("*.json")]:
-        file.unlink()
-    resumed = streamed(
-        *options,
-        *saving,
-        "--output_dir",
-        str(straight),
-        "--resume_from_checkpoint",
-        str(straight / f"checkpoint-{step}"),
-    )
-    assert losses_of(resumed) == losses and len(losses) == 12
+SAVING = ("--save_strategy", "steps", "--save_steps", "2", "--save_total_limit", "10")
+WITH_ALL = (*SAVING, "--packing", "true", "--cal", "true", "--dataloader_num_workers", "1")
+
+
+@pytest.fixture(scope="module")
+def straight(tiny_run):
+    """A streamed run of two epochs of six steps that was never interrupted."""
+    return tiny_run("--data_path", str(as_shards(tiny_run.root)), *STREAM, *WITH_ALL)
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        pytest.param(2, id="mid-epoch", marks=pytest.mark.slow),
+        pytest.param(6, id="epoch-end", marks=pytest.mark.slow),
+        pytest.param(8, id="second-epoch"),
+    ],
+)
+def test_a_resumed_stream_ends_bit_for_bit_the_same(streamed, straight, weights_of, step):
+    resumed = streamed(*WITH_ALL, "--resume_from_checkpoint", str(straight / f"checkpoint-{step}"))
+    assert resumed != straight
+    assert losses_of(resumed) == losses_of(straight) and len(losses_of(straight)) == 12
+    expected = weights_of(straight)
     assert all(torch.equal(weights_of(resumed)[name], value) for name, value in expected.items())
 
 
-def test_a_resume_does_not_read_again_what_was_trained(streamed, tmp_path, monkeypatch):
+@pytest.fixture
+def encoded_ids(monkeypatch):
+    """The ids of the rows that are made into examples, in order."""
+    ids, original = [], SampleEncoder.encode
+    monkeypatch.setattr(
+        SampleEncoder, "encode", lambda self, sample, *rest: ids.append(sample.id) or original(self, sample, *rest)
+    )
+    return ids
+
+
+def test_with_ignore_data_skip_a_resumed_run_begins_its_epoch_anew(streamed, encoded_ids):
+    first = streamed(*SAVING)
+    straight = encoded_ids[:]
+    assert len(straight) == 48 and set(straight[:24]) == set(straight[24:])
+    encoded_ids.clear()
+    resume = (*SAVING, "--resume_from_checkpoint", str(first / "checkpoint-8"))
+    second = streamed(*resume, "--ignore_data_skip", "true")
+    assert encoded_ids == straight[24:40]  # the four steps that are left, from the beginning of the second epoch
+    assert len(losses_of(second)) == 12
+
+    resume = ("--resume_from_checkpoint", str(second / "checkpoint-10"))
+    with pytest.raises(ValueError, match=r"batch 2 of epoch 1, but its 10 steps.*batch 4 of.*ignore_data_skip: true"):
+        streamed(*resume)
+    encoded_ids.clear()
+    assert losses_of(streamed(*resume, "--ignore_data_skip", "true"))[:10] == losses_of(second)[:10]
+    assert encoded_ids == straight[24:32]
+
+
+def test_a_resume_does_not_read_again_what_was_trained(streamed, tmp_path, encoded_ids):
     saving = (
         "--save_strategy",
         "steps",
@@ -126,14 +161,9 @@ def test_a_resume_does_not_read_again_what_was_trained(streamed, tmp_path, monke
         "4",
     )
     streamed(*saving, "--num_train_epochs", "1")
-    from cal_train.data.examples import SampleEncoder
-
-    read, original = [], SampleEncoder.encode
-    monkeypatch.setattr(
-        SampleEncoder, "encode", lambda self, sample, *rest: read.append(sample.id) or original(self, sample, *rest)
-    )
+    encoded_ids.clear()
     streamed(*saving, "--num_train_epochs", "1", "--resume_from_checkpoint", str(tmp_path / "run" / "checkpoint-3"))
-    assert len(read) == len(set(read)) == 24 - 3 * 4
+    assert len(encoded_ids) == len(set(encoded_ids)) == 24 - 3 * 4
 
 
 def test_a_position_of_another_layout_is_refused_and_says_what_differs(streamed, tmp_path):
@@ -141,13 +171,20 @@ def test_a_position_of_another_layout_is_refused_and_says_what_differs(streamed,
     resume = ("--output_dir", str(run), "--resume_from_checkpoint", "latest")
     with pytest.raises(ValueError, match=r"num_workers 0, this run has 1.*ignore_data_skip"):
         streamed(*resume, "--dataloader_num_workers", "1")
-    (newest,) = [path for path in run.glob("checkpoint-12")]
-    (newest / "stream.json").write_text("[]")
+    position = run / "checkpoint-12" / "stream.json"
+    position.write_text("[]".ljust(position.stat().st_size))  # of another size, the checkpoint would be passed by
     with pytest.raises(ValueError, match=re.escape("stream.json is not a position")):
         streamed(*resume)
-    (newest / "stream.json").unlink()
-    with pytest.raises(ValueError, match=re.escape("has no stream.json")):
-        streamed(*resume)
+
+
+def test_a_checkpoint_of_a_run_without_streaming_is_refused(tiny_run, streamed):
+    run = tiny_run("--save_strategy", "steps", "--save_steps", "1", "--max_steps", "1")
+    changed = (
+        "--resume_changes",
+        '["data_path", "streaming", "shuffle_pool", "max_steps", "num_train_epochs", "data_files"]',
+    )
+    with pytest.raises(ValueError, match=r"has no stream\.json: it is of a run without streaming"):
+        streamed("--resume_from_checkpoint", str(run / "checkpoint-1"), *changed)
 
 
 def test_bad_rows_are_dropped_and_counted_once_as_with_map_style_data(tiny_run, tmp_path):

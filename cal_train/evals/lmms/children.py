@@ -88,5 +88,6 @@ def _call(
         raise EvaluationFailedError("given up, because the run was asked to stop")
     if process.returncode:
         lines = Path(log.name).read_bytes()[start:].decode(errors="replace").strip().splitlines()
-        last = lines[-1] if lines else "it said nothing"
+        # behind an error, progress bars are still closed
+        last = next((line for line in reversed(lines) if "rror" in line), lines[-1] if lines else "it said nothing")
         raise EvaluationFailedError(f"{words[0]} ended with {process.returncode}: {last} (all of it: {log.name})")

@@ -216,7 +216,7 @@ def place(tmp_path_factory):
         stream = io.BytesIO()
         Image.fromarray(rng.integers(0, 256, (28, 28, 3), dtype=np.uint8)).save(stream, "PNG")
         picture = {"bytes": stream.getvalue(), "path": None}
-        rows.append({"image": picture, "question": "what is in the image?", "answer": "a dog", "words": ["a"]})
+        rows.append({"image": picture, "question": "what is in the image?", "answer": "a dog", "words": "a"})
     table = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
     table.to_parquet(root / "table.parquet")
     template = Path(__file__).parents[3] / "eval" / "tasks" / "_scenes_template"
