@@ -202,6 +202,7 @@ FIXED_ARGUMENTS: dict[str, tuple[object, str]] = {
     "average_tokens_across_devices": (True, "the loss is the mean over the label tokens of all ranks"),
     "train_sampling_strategy": ("random", "rows are grouped with group_by_modality_length: true"),
     "dataloader_persistent_workers": (False, "workers start anew each epoch, with the rows drawn for it"),
+    "auto_find_batch_size": (False, "after an error for lack of memory the rows of a step would not be the same"),
 }
 """Arguments of Hugging Face that only one value fits, and why: any other would be ignored or break the run."""
 
@@ -265,7 +266,7 @@ class VlmTrainingArguments(TrainingArguments):
         default=None,
         metadata={
             "help": "A suite of benchmarks (eval/suites/NAME.yaml), run by lmms-eval on each checkpoint after it is "
-            "saved, on the main process's device while training waits; logged as eval_suite/TASK/METRIC, kept in "
+            "saved, on the main process's device while training waits; logged as suite/TASK/METRIC, kept in "
             "output_dir/eval. One that fails is reported and counted. For long suites, better `cal-train eval --run "
             "OUTPUT_DIR --suite FILE --watch` beside the training, on another device."
         },

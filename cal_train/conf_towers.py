@@ -110,6 +110,7 @@ FIXED_TOWER_ARGUMENTS: dict[str, tuple[object, str]] = {
     "enable_jit_checkpoint": (False, "SIGTERM and SIGINT always save and stop the run"),
     "dataloader_drop_last": (True, "a contrastive batch must be equally large on all ranks"),
     "dataloader_persistent_workers": (False, "a run reads one stream, whose workers live as long as it does"),
+    "auto_find_batch_size": (False, "the stream deals out batches of one size, see grad_cache_chunk"),
     "dataloader_prefetch_factor": (None, "the stream keeps its own batches ready"),
     "train_sampling_strategy": ("random", "the stream is shuffled by seed and epoch, see shuffle_pool"),
 }

@@ -39,13 +39,28 @@ def from_folder(loader: Any, folder: str | Path, **options: Any) -> Any:
 
 
 def check_folder(folder: str | Path) -> None:
+    """Raise unless the files of a folder are its own, and a library loads what they say and nothing else.
+
+    Raises:
+        ValueError: If an index names other files (`check_shards`), a model comes with an adapter, or as `check_files`.
+    """
+    folder = Path(folder)
+    check_files(folder)
+    if (folder / "config.json").is_file() and (folder / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{folder} holds adapter_config.json beside a model: the adapter's base model would be loaded instead. "
+            "Move the adapter's files into a folder of their own"
+        )
+    check_shards(folder)
+
+
+def check_files(folder: Path) -> None:
     """Raise unless the files of a folder are its own, and its configuration is of a size that a model can have.
 
     Raises:
         ValueError: If a file is a pipe or device, a link leads out of the folder (but into the blobs of a hub cache),
-            an index names other files (`check_shards`), a model comes with an adapter, or as `check_config`.
+            or as `check_config`.
     """
-    folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder: check the path")
     for path in sorted(folder.iterdir()):
@@ -53,12 +68,6 @@ def check_folder(folder: str | Path) -> None:
             _check_file(folder, path)
     if (folder / "config.json").is_file():
         check_config(folder / "config.json")
-        if (folder / "adapter_config.json").is_file():
-            raise ValueError(
-                f"{folder} holds adapter_config.json beside a model: the adapter's base model would be loaded instead. "
-                "Move the adapter's files into a folder of their own"
-            )
-    check_shards(folder)
 
 
 def check_config(file: Path) -> None:
@@ -67,16 +76,25 @@ def check_config(file: Path) -> None:
     Raises:
         ValueError: Naming the file and the field.
     """
+    for name, value in _named_numbers(read_object(file)):
+        most = _LARGEST_COUNT.get(name, _MOST_LAYERS)
+        if _COUNTS.fullmatch(name) and value > most:
+            raise ValueError(f"{file}: {name} is {value}, above {most}: no model is like that")
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """Return the object in a JSON file.
+
+    Raises:
+        ValueError: If the file holds something else.
+    """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not JSON: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{file} must hold an object, not a {type(content).__name__}")
-    for name, value in _named_numbers(content):
-        most = _LARGEST_COUNT.get(name, _MOST_LAYERS)
-        if _COUNTS.fullmatch(name) and value > most:
-            raise ValueError(f"{file}: {name} is {value}, above {most}: no model is like that")
+    return content
 
 
 def check_shards(folder: str | Path) -> None:

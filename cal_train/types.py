@@ -89,3 +89,15 @@ class DropCount:
 
     count: int = 0
     problems: list[Problem] = field(default_factory=list)
+    _seen: set[tuple[str, int]] = field(default_factory=set, repr=False)
+
+    def add(self, problem: Problem) -> bool:
+        """Count a problem whose row is new, keep it if it is among the first hundred, and return whether it was new."""
+        place = (problem.file, problem.row)
+        if place in self._seen:
+            return False
+        self._seen.add(place)
+        self.count += 1
+        if len(self.problems) < 100:
+            self.problems.append(problem)
+        return True

@@ -7,8 +7,13 @@
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=64
 #SBATCH --time=24:00:00
+#SBATCH --signal=TERM@600
 #SBATCH --output=%x-%j.log
 set -euo pipefail
+
+# Ten minutes before its time is up, the job gets SIGTERM: the step in hand is finished and saved. The launcher, which
+# passes the signal on, would kill after 30 seconds what is still saving.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=540
 
 export SETTINGS=$1
 shift

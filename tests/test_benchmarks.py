@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+ROUNDS = ("--rounds", "2")
 
 
-def run_small(name: str, out: Path) -> str:
+def run_small(name: str, out: Path, *options: str) -> str:
     """Run ``benchmarks/NAME.py --small`` as a user does; return what it prints."""
-    command = [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), "--small", "--rounds", "2", "--out", str(out)]
+    command = [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), "--small", "--out", str(out), *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=out, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -29,7 +30,7 @@ def markdown_rows(path: Path) -> list[list[str]]:
 
 @pytest.mark.slow
 def test_cal_overhead_prints_every_ratio_and_step_and_writes_what_it_measured(tmp_path):
-    printed = run_small("cal_overhead", tmp_path)
+    printed = run_small("cal_overhead", tmp_path, *ROUNDS)
     for name in ("CAL / plain", "CAL / stock", "CAL / reference CAL", "CAL (mask) / plain", "reference CAL", "floor"):
         assert name in printed, name
     written = json.loads((tmp_path / "cal_overhead.json").read_text(encoding="utf-8"))
@@ -50,7 +51,7 @@ def test_cal_overhead_prints_every_ratio_and_step_and_writes_what_it_measured(tm
 
 @pytest.mark.slow
 def test_loss_memory_prints_every_method_and_writes_what_it_measured(tmp_path):
-    printed = run_small("loss_memory", tmp_path)
+    printed = run_small("loss_memory", tmp_path, *ROUNDS)
     for name in ("all logits", "ours", "torch, its chunks", "torch, our chunks", "frozen head", "2^24"):
         assert name in printed, name
     written = json.loads((tmp_path / "loss_memory.json").read_text(encoding="utf-8"))
@@ -99,7 +100,7 @@ def test_the_reference_step_does_not_use_the_code_it_is_compared_with(steps):
 @pytest.mark.slow
 def test_tower_losses_prints_every_loss_at_every_size_and_writes_what_it_measured(tmp_path):
     pytest.importorskip("open_clip", reason="the bench extra is not installed")
-    printed = run_small("tower_losses", tmp_path)
+    printed = run_small("tower_losses", tmp_path, *ROUNDS)
     for name in ("CLIP", "SigLIP", "open_clip", "2048"):
         assert name in printed, name
     written = json.loads((tmp_path / "tower_losses.json").read_text(encoding="utf-8"))
@@ -109,14 +110,64 @@ def test_tower_losses_prints_every_loss_at_every_size_and_writes_what_it_measure
 
 @pytest.mark.slow
 def test_sparc_step_prints_its_share_of_clips_step(tmp_path):
-    printed = run_small("sparc_step", tmp_path)
+    printed = run_small("sparc_step", tmp_path, *ROUNDS)
     assert "FLOP" in printed and "SPARC" in printed
 
 
 @pytest.mark.slow
 def test_mgm_hd_prints_mining_and_steps_and_writes_what_it_measured(tmp_path):
-    printed = run_small("mgm_hd", tmp_path)
+    printed = run_small("mgm_hd", tmp_path, *ROUNDS)
     for name in ("chunks", "CAL", "llava_next", "mgm"):
         assert name in printed, name
     written = json.loads((tmp_path / "mgm_hd.json").read_text(encoding="utf-8"))
     assert {"command", "date", "git_commit", "packages", "cpu", "load_at_start", "threads"} <= set(written["facts"])
+
+
+@pytest.mark.slow
+def test_packing_prints_every_layout_and_writes_what_it_measured(tmp_path):
+    printed = run_small("packing", tmp_path, *ROUNDS)
+    for name in ("padded", "padded, grouped", "packed", "tokens/s", "positions saved"):
+        assert name in printed, name
+    written = json.loads((tmp_path / "packing.json").read_text(encoding="utf-8"))
+    assert [case["variant"] for case in written["data"]] == ["plain", "CAL"]
+    samples = [4 * (i % 3 > 0) + 8 + 7 * (i % 5) for i in range(16)]  # the toy's lengths
+    for case in written["data"]:
+        assert case["tokens"] == sum(samples)
+        assert sum(samples) <= case["positions"]["packed"] < case["positions"]["padded"] <= 16 * max(samples)
+        assert case["losses"]["packed"] == pytest.approx(case["losses"]["padded"], rel=1e-5)
+        assert {len(rounds) for rounds in case["seconds"].values()} == {2}
+    assert {len(row) for row in markdown_rows(tmp_path / "packing.md")} == {8}
+
+
+@pytest.mark.slow
+def test_estimate_check_compares_every_run_with_a_measured_peak(tmp_path):
+    printed = run_small("estimate_check", tmp_path)
+    for name in ("full", "checkpointing", "LoRA", "projector only"):
+        assert name in printed, name
+    written = json.loads((tmp_path / "estimate_check.json").read_text(encoding="utf-8"))
+    for run in written["data"]:
+        assert run["estimated"] == pytest.approx(sum(run["parts"].values()))
+        assert run["estimated"] < 1.1 * run["measured"], run["name"]  # a toy's process holds much that is no model
+    full, more_rows, *_ = written["data"]
+    assert more_rows["measured"] > full["measured"] and more_rows["estimated"] > full["estimated"]
+
+
+def test_rows_about_the_demo_scenes_are_merged_as_llava_merges_them(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import packing
+
+    def row(image, question, answer):
+        return {"image": image, "conversations": [{"value": f"<image>\n{question}"}, {"value": answer}]}
+
+    captions = [row(f"{i}.png", "Describe the picture.", f"caption {i}") for i in range(6)]
+    questions = [row(f"{i}.png", f"question {k}?", f"answer {k} of {i}") for i in range(6) for k in range(i % 3 + 1)]
+    rows = packing.demo_rows(captions, questions, 400)
+    with_image = [row for row in rows if "image" in row]
+    assert 1 - len(with_image) / 400 == pytest.approx(41 / 666, abs=0.04)  # ShareGPT's share of mix665k
+    for row in with_image:
+        values, number = [turn["value"] for turn in row["conversations"]], int(row["image"].split(".")[0])
+        assert [value.startswith("<image>\n") for value in values] == [True] + [False] * (len(values) - 1)
+        answers = [f"answer {k} of {number}" for k in range(number % 3 + 1)]
+        assert values[1::2] in ([f"caption {number}"], answers, [f"caption {number}", *answers])
+    text_only = [turn["value"] for row in rows if "image" not in row for turn in row["conversations"]]
+    assert text_only and not any("<image>" in value for value in text_only)

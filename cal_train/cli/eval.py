@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from cal_train.demo.filling import fill_once
 from cal_train.evals.lmms.compare import compare_folders, markdown_of, records_of, table_of
 from cal_train.evals.lmms.scene_tasks import SCENE_TABLES
 from cal_train.evals.lmms.suites import load_suite, only_tasks
@@ -104,7 +105,7 @@ def _evaluate_run(arguments: argparse.Namespace) -> int:
     suite, run_folder = load_suite(arguments.suite), Path(arguments.run)
     _require_lmms_eval()
     # these know how runs are saved, and import torch for it
-    from cal_train.evals.lmms.checkpoints import check_settings, draw_curves, evaluate_run, results_of_run
+    from cal_train.evals.lmms.checkpoints import check_settings, draw_suite, evaluate_run, results_of_run
     from cal_train.evals.lmms.children import run_in_child
 
     results = results_of_run(run_folder, suite.name)
@@ -113,7 +114,7 @@ def _evaluate_run(arguments: argparse.Namespace) -> int:
     evaluate = run_in_child(Path(arguments.suite), _words(arguments))
     say = Console(soft_wrap=True).print
     outcome = evaluate_run(run_folder, results, evaluate, arguments.watch, lambda text: say(text, markup=False))
-    picture = draw_curves(run_folder, suite.name)
+    picture = draw_suite(run_folder, suite.name)
     say(
         f"{len(outcome.evaluated)} evaluated, {len(outcome.failed)} failed, {len(outcome.deleted)} deleted meanwhile; "
         f"results: {results}" + (f", over steps: {picture}" if picture else ""),
@@ -180,7 +181,7 @@ def _scene_tables(root: Path) -> None:
     folder = root / SCENE_TABLES
     if folder.is_dir():
         return
-    from cal_train.demo.assets import fetch_assets, fill_once  # needs the extra `demo`
+    from cal_train.demo.assets import fetch_assets  # needs the extra `demo`
     from cal_train.demo.eval_tables import write_eval_tables
     from cal_train.demo.run import IMAGE_SIZE_PX, NUM_TEST_SCENES
 
@@ -188,7 +189,29 @@ def _scene_tables(root: Path) -> None:
     fill_once(folder, lambda part: write_eval_tables(part, assets, NUM_TEST_SCENES, IMAGE_SIZE_PX))
 
 
-_LOCAL_DATA: dict[str, Callable[[Path], None]] = {"demo_scenes": _scene_tables}
+def _pope_tables(root: Path) -> None:
+    from cal_train.demo.assets import fetch_assets  # needs the extra `demo`
+    from cal_train.demo.pope import POPE_TABLES, write_pope_tables
+    from cal_train.demo.run import IMAGE_SIZE_PX, NUM_TEST_SCENES
+
+    folder = root / POPE_TABLES
+    if folder.is_dir():
+        return
+    assets = fetch_assets(folder.parent)
+    fill_once(folder, lambda part: write_pope_tables(part, assets, NUM_TEST_SCENES, IMAGE_SIZE_PX))
+
+
+def _reading_tables(root: Path) -> None:
+    from cal_train.evals.lmms.reading import READING_TABLES, write_reading_tables  # imports datasets
+
+    fill_once(root / READING_TABLES, write_reading_tables)
+
+
+_LOCAL_DATA: dict[str, Callable[[Path], None]] = {
+    "demo_scenes": _scene_tables,
+    "demo_pope": _pope_tables,
+    "reading": _reading_tables,
+}
 
 
 def _table(summary: dict) -> Table:

@@ -34,7 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model", action="append", default=[], metavar="DIR",
         help="model of the maps, once for each score file (default: the folders that were scored)",
     )  # fmt: skip
-    parser.add_argument("--png", metavar="DIR", help="also write histogram, first heat maps and all maps as PNG")
+    parser.add_argument(
+        "--png", metavar="DIR", help="also write curves, histogram, first heat maps and all maps as PNG"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:

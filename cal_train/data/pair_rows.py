@@ -59,7 +59,10 @@ def _captions(members: dict[str, Any], column: str | None) -> Any:
         return members["txt"].decode("utf-8")  # a UnicodeDecodeError is a ValueError
     if "json" not in members:
         raise ValueError("no caption member")
-    record = json.loads(members["json"])
+    try:
+        record = json.loads(members["json"])
+    except RecursionError as error:
+        raise ValueError("the json member is nested too deep") from error
     names = CAPTION_COLUMNS if column is None else (column,)
     found = next((name for name in names if isinstance(record, dict) and name in record), None)
     if found is None:

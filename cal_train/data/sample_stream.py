@@ -7,7 +7,7 @@ image members, ``KEY.jpg`` or ``KEY.0.jpg``, ``KEY.1.jpg``, and so on.
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,7 +64,7 @@ class SampleRows:
         except KeyError:
             found = ", ".join(name for name in members if not name.startswith("__"))
             return Problem(str(shard), row, key, f"no json member (found {found})", f"Add {key}.json with the row")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             return Problem(str(shard), row, key, f"the json member is not JSON: {error}", "Write the shard again")
         if isinstance(record, dict):
             record = with_member_images({**record, "id": row_id({"id": key} | record, shard, row)}, key, members)
@@ -85,16 +85,20 @@ def with_member_images(record: dict[str, Any], key: str, members: Mapping[str, A
         name = value.rpartition("/")[2].lower().removeprefix(f"{key.rpartition('/')[2].lower()}.") if _is(value) else ""
         return {"bytes": images[name]} if name in images else value
 
-    column = next((name for name in ("image", "images") if record.get(name) is not None), "images")
-    named = record.get(column)
-    values = named if isinstance(named, list) else [] if named is None else [named]
-    placed = [found(value) for value in values]
-    turns, num_inline = _inline(record.get("messages"), found)
-    if len(values) == len(in_order) and all(map(_is, placed)):
-        placed = in_order
-    elif not values and not num_inline:
-        placed = in_order
-    return {**record, **({"messages": turns} if num_inline else {}), **({column: placed} if placed else {})}
+    def placed(values: list[Any]) -> list[Any]:
+        by_name = [found(value) for value in values]
+        is_by_path = len(values) == len(in_order) and all(map(_is, by_name))
+        return in_order if is_by_path or not values else by_name
+
+    inline: list[Any] = []
+    _replace_inline(record.get("messages"), inline.append)
+    column = next((name for name in ("image", "images") if record.get(name) is not None), None)
+    if inline and column is None:
+        new = iter(placed(inline))
+        return {**record, "messages": _replace_inline(record["messages"], lambda _: next(new))}
+    named = record[column] if column is not None else []
+    values = placed(named if isinstance(named, list) else [named])
+    return {**record, column or "images": values} if values else record
 
 
 def _is(value: Any) -> bool:
@@ -106,26 +110,22 @@ def _place(name: str) -> tuple[int, str]:
     return int(number[0]) if number else -1, name
 
 
-def _inline(messages: Any, found: Any) -> tuple[Any, int]:
-    """Return messages with the images that their parts name replaced by ``found``, and how many parts name one."""
-    count = 0
+def _replace_inline(messages: Any, new: Callable[[Any], Any]) -> Any:
+    """Return messages with each image that a part names replaced by what ``new`` makes of it."""
 
     def replaced(part: Any) -> Any:
-        nonlocal count
         kind = part.get("type") if isinstance(part, dict) else None
         if kind not in ("image", "image_url") or part.get(kind) is None:
             return part
-        count += 1
         value = part[kind]
-        return {**part, kind: found(value.get("url") if isinstance(value, dict) and "url" in value else value)}
+        return {**part, kind: new(value.get("url") if isinstance(value, dict) and "url" in value else value)}
 
-    turns = [
+    return [
         {**turn, "content": [replaced(part) for part in turn["content"]]}
         if isinstance(turn, dict) and isinstance(turn.get("content"), list)
         else turn
         for turn in (messages if isinstance(messages, list) else [])
     ]
-    return turns, count
 
 
 @dataclass(frozen=True)

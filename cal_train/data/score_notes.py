@@ -25,7 +25,7 @@ def read_about(scores: str | Path) -> dict[str, Any]:
         return {}
     try:
         about = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error}): delete it, or score again") from error
     if not isinstance(about, dict):
         raise ValueError(f"{path} is not a JSON object: delete it, or score again")

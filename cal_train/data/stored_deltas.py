@@ -53,7 +53,8 @@ class StoredDeltas:
             raise ValueError(f"score file {scores} does not exist: write it with cal-train score")
         about = read_about(scores)
         check_about(self.path, about, rows.path, needed)
-        self.model = about.get("paths", {}).get("model", "a model without a name")
+        paths = about.get("paths")
+        self.model = paths.get("model", "?") if isinstance(paths, dict) else "a model without a name"
         self._offsets = _index(self.path, rows)
         self._left_out = _left_out(self.path, about, len(rows))
         self.num_left_out = int(self._left_out.sum())
@@ -84,7 +85,7 @@ class StoredDeltas:
             same_labels = record["label_positions"] == positions.tolist()
             values = torch.tensor(record["delta"], dtype=torch.float32)
             is_named = record["id"] == sample.id and record.get("row", sample.row) == sample.row
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RuntimeError, OverflowError) as error:
             raise _misfit(self.path, sample, f"its record is damaged ({error!r})") from error
         if not is_named:
             raise _misfit(self.path, sample, "the file has changed since the run started")
@@ -159,7 +160,7 @@ def _records(path: Path) -> Iterator[tuple[int, int, int, str, int | None]]:
                     id, row = record["id"], record.get("row")
                 if not isinstance(id, str) or isinstance(row, bool) or not isinstance(row, int | None):
                     raise TypeError("id is not text, or row no number")
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 raise ValueError(f"{path}, line {number}: not a score record ({error!r}). {_AGAIN}") from error
             yield number, start, end, id, row
             start = end

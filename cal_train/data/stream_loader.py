@@ -121,8 +121,8 @@ class RowStream(IterableDataset, Generic[Row]):
     def _lane(self, share: Share, start: int) -> Iterator[StreamBatch]:
         """Yield the batches of a lane from its batch ``start`` on."""
         lane, plan = self.plan.lane(share), self.plan
-        for number in range(start // lane.batches_per_window, -(-lane.num_batches // lane.batches_per_window)):
-            pieces, order = lane.window(number)
+        begun = start // lane.batches_per_window
+        for number, (pieces, order) in enumerate(lane.windows(begun), begun):
             rows: list[Row | Problem] = []
             for piece in pieces:
                 rows.extend(self.blocks[piece.source].read(piece.block, piece.start, piece.stop))
@@ -259,8 +259,11 @@ class StreamLoader:
                     f"the saved stream position is for {name} {state.get(name)}, this run has {value}: set it back to "
                     "go on exactly"
                 )
-        self.set_epoch(int(state["epoch"]))
-        self.stream.position = int(state["position"])
+        epoch, position = int(state["epoch"]), int(state["position"])
+        if epoch < 0 or position < 0:
+            raise ValueError(f"the saved stream position, {position} of epoch {epoch}, is none")
+        self.set_epoch(epoch)
+        self.stream.position = position
         if self.stream.position >= len(self):
             self.set_epoch(self.stream.plan.epoch + 1)
 

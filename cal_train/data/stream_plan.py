@@ -5,7 +5,7 @@ worker of one rank) behind each other: lanes share no row and leave out less tha
 rows in windows that it mixes. As nothing depends on what was read, a position in the stream is the number of batches.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -129,21 +129,21 @@ class Lane:
         """Batches of this lane in the epoch."""
         return int(self.counts.sum()) // self.plan.rows_per_batch
 
-    def window(self, number: int) -> tuple[list[Piece], np.ndarray]:
-        """Return the pieces of a window, and the order in which its rows are used, a permutation (rows,) int64."""
+    def windows(self, start: int = 0) -> Iterator[tuple[list[Piece], np.ndarray]]:
+        """Yield the pieces of each window from number ``start`` on, and the order of its rows, a permutation int64."""
         rng = self._rng(2)
         rows = self.batches_per_window * self.plan.rows_per_batch
         first, left = self.first, self.counts
-        for _ in range(number):
+        for number in range(-(-self.num_batches // self.batches_per_window)):
             counts = _draw_counts(left, min(rows, int(left.sum())), rng)
+            if number >= start:
+                pieces = [
+                    piece
+                    for source, count in enumerate(counts.tolist())
+                    for piece in self.plan.pieces(source, int(first[source]), int(first[source]) + count)
+                ]
+                yield pieces, self._rng(3, number).permutation(int(counts.sum()))
             first, left = first + counts, left - counts
-        counts = _draw_counts(left, min(rows, int(left.sum())), rng)
-        pieces = [
-            piece
-            for source, count in enumerate(counts.tolist())
-            for piece in self.plan.pieces(source, int(first[source]), int(first[source]) + count)
-        ]
-        return pieces, self._rng(3, number).permutation(int(counts.sum()))
 
     def _rng(self, *purpose: int) -> np.random.Generator:
         share, plan = self.share, self.plan

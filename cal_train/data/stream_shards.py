@@ -11,9 +11,9 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar, cast
+from typing import Any, BinaryIO, Self, TypeVar
 
-from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_iterator
+from webdataset.tariterators import base_plus_ext, group_by_keys
 
 from cal_train.types import Problem
 
@@ -26,6 +26,11 @@ IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp")
 
 _META = re.compile(r"__[^/]*__($|/)")  # as in webdataset
 _TAR_ERRORS = (tarfile.TarError, OSError, EOFError, zlib.error)
+_HEADER_ERRORS = (ValueError, OverflowError, IndexError, RecursionError)  # what Python's reader makes of wild headers
+_GZIP = b"\x1f\x8b"
+_NAME_TYPES = (*(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE), *(b"L", b"K"))
+_MOST_NAME_BYTES = 16_384  # of a header that holds names; they are searched in quadratic time
+_MOST_ROW_BYTES = 2**28
 _CUT = "Write the shard again; what is there of it is used"
 
 
@@ -35,6 +40,20 @@ class RowCount:
 
     rows: int
     problem: Problem | None = None
+
+
+class _Header(tarfile.TarInfo):
+    """A header that is refused where Python's reader would take the end for reached, or all memory for a name."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        try:
+            header = super().frombuf(buf, encoding, errors)
+        except tarfile.InvalidHeaderError as error:  # pyright: ignore[reportAttributeAccessIssue]
+            raise tarfile.ReadError(f"a header is damaged: {error}") from error
+        if header.size < 0 or (header.type in _NAME_TYPES and header.size > _MOST_NAME_BYTES):
+            raise tarfile.ReadError(f"the header of {header.name!r} claims {header.size} bytes")
+        return header
 
 
 def listed_rows(shard: Path) -> RowCount | None:
@@ -68,13 +87,12 @@ def count_rows(shard: Path) -> RowCount:
     """
     rows, key, error = 0, None, None
     try:
-        with tarfile.open(shard) as tar:
+        with shard.open("rb") as file, _open(file, "r:") as tar:
             try:
-                for member in tar:
-                    prefix = base_plus_ext(member.name)[0] if member.isreg() and not _META.match(member.name) else None
+                for member in _headers(tar):
+                    prefix = base_plus_ext(member.name)[0]
                     rows += prefix is not None and prefix != key
                     key = prefix if prefix is not None else key
-                    tar.members = []  # pyright: ignore[reportAttributeAccessIssue] or the headers of the whole shard stay in memory
             except _TAR_ERRORS as caught:
                 error = str(caught)
     except _TAR_ERRORS as caught:
@@ -103,14 +121,17 @@ def read_shard(
         make: Given the members of a row, the shard and the row's number, returns the row or what is wrong with it.
         start: Rows in front that are passed over.
     """
-    row, errors = 0, list[Exception]()
+    row, errors, oversized = 0, list[Exception](), set[str | None]()
     try:
         with shard.open("rb") as file:
-            for members in group_by_keys(_members(file, errors)):
+            for members in group_by_keys(_members(file, errors, oversized)):
                 if row == num_rows:
                     logger.warning("%s has more than the %d rows that sizes.json lists", shard, num_rows)
                     break
-                if row >= start:
+                if row >= start and members["__key__"] in oversized:
+                    problem = f"the members of the row are above {_MOST_ROW_BYTES} bytes"
+                    yield Problem(str(shard), row, members["__key__"], problem, "Write the shard with smaller images")
+                elif row >= start:
                     yield make(members, shard, row)
                 row += 1
     except (OSError, ValueError) as error:  # of opening; and two members of one name in a row
@@ -120,10 +141,44 @@ def read_shard(
         yield Problem(str(shard), missing, f"{shard.stem}-{missing}", f"the shard ends before this row ({what})", _CUT)
 
 
-def _members(file: BinaryIO, errors: list[Exception]) -> Iterator[dict[str, Any]]:
-    """Yield the members up to the first error, so that the row that is complete before it is not lost."""
+def _open(file: BinaryIO, mode: str) -> tarfile.TarFile:
+    """Open a tar file, plain or gzip: of other compressions a header alone can claim gigabytes for their tables."""
+    is_gzip = file.read(2) == _GZIP
+    file.seek(0)
+    return tarfile.open(fileobj=file, mode=mode + "gz" * is_gzip, tarinfo=_Header)  # pyright: ignore[reportCallIssue, reportArgumentType]
+
+
+def _headers(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """Yield the members that belong to rows.
+
+    Raises:
+        tarfile.TarError: If a header is damaged, or lies about where the next one is or how much is stored.
+    """
     try:
-        for member in tar_file_iterator(cast(Any, file)):
-            yield {**member, "__url__": ""}
+        for member in tar:
+            tar.members = []  # pyright: ignore[reportAttributeAccessIssue] or the headers of the whole shard stay in memory
+            if member.size < 0 or member.issparse():  # an extended header may have changed both
+                raise tarfile.ReadError(f"{member.name!r} is stored sparse or has a negative size")
+            if member.isreg() and not _META.match(member.name):
+                yield member
+    except _HEADER_ERRORS as error:
+        raise tarfile.ReadError(f"a header is damaged: {type(error).__name__}: {error}") from error
+
+
+def _members(file: BinaryIO, errors: list[Exception], oversized: set[str | None]) -> Iterator[dict[str, Any]]:
+    """Yield the members up to the first error, so that the row that is complete before it is not lost.
+
+    The contents of a row that is above `_MOST_ROW_BYTES` are not read, and its key is added to ``oversized``.
+    """
+    key, num_bytes = None, 0
+    try:
+        with _open(file, "r|") as tar:
+            for member in _headers(tar):
+                prefix = base_plus_ext(member.name)[0]
+                key, num_bytes = prefix, member.size + (num_bytes if prefix == key else 0)
+                content = tar.extractfile(member) if num_bytes <= _MOST_ROW_BYTES else None
+                if content is None:
+                    oversized.add(prefix)
+                yield {"fname": member.name, "data": content.read() if content else b"", "__url__": ""}
     except _TAR_ERRORS as error:
         errors.append(error)

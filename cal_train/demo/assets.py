@@ -20,12 +20,13 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 from cal_train.demo.concepts import CONCEPTS
+from cal_train.demo.filling import fill_once
 from cal_train.demo.tower import convert_tower
 
 logger = logging.getLogger(__name__)
@@ -168,18 +169,6 @@ def check_sha256(path: Path, package: Package) -> None:
             f"{path} is not {package.name} {package.version} as pinned: sha256 {found}, expected {package.sha256}. "
             "Remove the file and run again"
         )
-
-
-def fill_once(folder: Path, make: Callable[[Path], None]) -> Path:
-    """Fill a folder once. It appears under its name only when it is complete, so a stopped run leaves no half of it."""
-    if not folder.is_dir():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-            new = Path(scratch) / "new"
-            new.mkdir()
-            make(new)
-            new.replace(folder)
-    return folder
 
 
 # The members to read are named here, not by the archive, so no name inside an archive can lead out of the folder.

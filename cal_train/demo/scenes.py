@@ -115,6 +115,11 @@ def _presence(scene: Scene, rng: np.random.Generator, cell: int) -> Turn:
     asked, is_there = scene.things[cell], rng.random() < 0.5
     if not is_there:
         asked = _absent(scene, asked, rng)
+    return presence_turn(asked, is_there)
+
+
+def presence_turn(asked: Concept, is_there: bool) -> Turn:
+    """Return the question whether a thing is there, with its answer."""
     question = f"Is there a {asked.word}?"
     if is_there:
         return _turn("presence", question, "", "Yes", ", there is one in the picture.")

@@ -72,7 +72,7 @@ def write_splits(
         seed: Of everything.
     """
     train = [sample_scene(_rng(seed, 0, i), f"train-{i:05d}") for i in range(num_train)]
-    scenes = [sample_scene(_rng(seed, 1, i), f"scene-{i:05d}") for i in range(num_test)]
+    scenes = new_scenes(num_test, seed)
     concepts = [sample_held_out_scene(_rng(seed, 2, i), f"concept-{i:05d}") for i in range(num_test)]
     talks = [
         Row(f"{scene.id}/{n}", scene, (turn,))
@@ -95,6 +95,11 @@ def write_splits(
             _draw_all(rows, folder / "images" / images, load_sprites(style, CONCEPTS), image_size, name)
         files[name] = _write(folder / f"{name}.json", rows, images)
     return files
+
+
+def new_scenes(num_scenes: int, seed: int = 0) -> list[Scene]:
+    """Return the scenes of ``heldout_scenes``: new ones of trained concepts."""
+    return [sample_scene(_rng(seed, 1, i), f"scene-{i:05d}") for i in range(num_scenes)]
 
 
 def _rng(seed: int, stream: int, index: int) -> np.random.Generator:

@@ -48,7 +48,9 @@ class ScoreParts:
             about, counts = saved["about"], saved["progress"]
             dropped = [Problem(**problem) for problem in counts["dropped"]]
             progress = Progress(int(counts["rows"]), int(counts["num_bytes"]), int(counts["samples"]), dropped)
-        except (ValueError, KeyError, TypeError) as error:
+            if min(progress.rows, progress.num_bytes, progress.samples) < 0 or not isinstance(about, dict):
+                raise ValueError("a count below 0, or a note that is none")
+        except (ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
             raise ValueError(f"{self.state} is damaged ({error!r}). Delete it to start over") from error
         changed = [key for key in self.about if key != "paths" and about.get(key) != self.about[key]]
         if changed:

@@ -10,7 +10,6 @@ unless asked otherwise: the merged weights then carry no rounding, but the logit
 which went through the rounded weights. ``quantized_base`` gives exactly those.
 """
 
-import json
 import re
 import shutil
 from collections.abc import Mapping
@@ -25,17 +24,18 @@ from peft import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig, PreTrainedModel
 
 from cal_train.conf import LORA_TARGETS
-from cal_train.folders import from_folder
+from cal_train.folders import check_files, from_folder, read_object
 from cal_train.models.parts import part_of
 from cal_train.models.quantize import load_dequantized
 
 _WEIGHTS_NAME = "adapter_model.safetensors"
+_LARGEST_RANK = 16_384
 
 
 def add_lora(
@@ -103,7 +103,7 @@ def load_adapter_strictly(model: PeftModel, folder: str | Path) -> None:
     """
     _check_keys(model, Path(folder))
     try:
-        set_peft_model_state_dict(model, load_file(Path(folder) / _WEIGHTS_NAME))
+        set_peft_model_state_dict(model, _stored(Path(folder) / _WEIGHTS_NAME))
     except RuntimeError as error:  # a shape that does not fit
         raise ValueError(f"{folder} does not fit the adapter of this run: {error}") from error
 
@@ -125,6 +125,7 @@ def merge(adapter: Path, output: Path, base: Path | None = None, quantized_base:
             folder is not empty, or ``quantized_base`` is asked for after a run without quantization.
     """
     adapter, output = Path(adapter), Path(output)
+    check_files(adapter)
     base = _base_of(adapter) if base is None else Path(base)
     if not (base / "config.json").is_file():
         raise ValueError(f"base model {base} of adapter {adapter} is not a model folder: name it with --base")
@@ -135,13 +136,12 @@ def merge(adapter: Path, output: Path, base: Path | None = None, quantized_base:
     else:
         model = from_folder(AutoModelForImageTextToText, base, dtype="auto")
     _check_newline(model, adapter)
-    config = PeftConfig.from_pretrained(str(adapter))
-    config.base_model_name_or_path = str(base)
-    wrapped = cast(PeftModel, get_peft_model(model, config))
+    wrapped = _wrap(model, adapter, base)
     load_adapter_strictly(wrapped, adapter)  # peft's own loading tolerates what is missing
     merged = wrapped.merge_and_unload(safe_merge=True)
     for source in (adapter, base):
         if (source / "generation_config.json").is_file():
+            read_object(source / "generation_config.json")
             merged.generation_config = GenerationConfig.from_pretrained(source)
             break
     processor = from_folder(
@@ -156,15 +156,42 @@ def merge(adapter: Path, output: Path, base: Path | None = None, quantized_base:
     return output
 
 
+def _wrap(model: PreTrainedModel, adapter: Path, base: Path) -> PeftModel:
+    """Return the model behind peft as adapter_config.json says; peft's errors on wild values become one that names it.
+
+    Raises:
+        ValueError: If it is not an adapter as `add_lora` makes them.
+    """
+    file = adapter / "adapter_config.json"
+    raw = read_object(file)
+    for name in ("layer_replication", "megatron_config", "auto_mapping"):  # more layers, imports of any module
+        if raw.get(name):
+            raise ValueError(f"{file}: {name} {raw[name]!r} is not of an adapter that can be merged here")
+    rank = raw.get("r")
+    if raw.get("peft_type") != "LORA" or not isinstance(rank, int) or not 1 <= rank <= _LARGEST_RANK:
+        kind = raw.get("peft_type")
+        raise ValueError(f"{file}: peft_type {kind!r} with r {rank!r} is not LORA with a rank up to {_LARGEST_RANK}")
+    try:
+        config = PeftConfig.from_pretrained(str(adapter))
+        config.base_model_name_or_path = str(base)
+        return cast(PeftModel, get_peft_model(model, config))
+    except (TypeError, KeyError, AttributeError, RuntimeError, re.error) as error:
+        raise ValueError(f"{file} is not the configuration of an adapter of {base} ({error!r})") from error
+
+
+def _stored(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file} cannot be read ({error}): copy the adapter anew") from error
+
+
 def _check_newline(model: PreTrainedModel, adapter: Path) -> None:
     """Refuse an adapter without the model's newline: it was trained, and the base model's is another one."""
     if not any(part_of(name) == "image_newline" for name, _ in model.named_parameters()):
         return
     file = adapter / _WEIGHTS_NAME
-    keys: list[str] = []
-    if file.is_file():
-        with safe_open(file, framework="pt") as weights:
-            keys = list(weights.keys())
+    keys = list(_stored(file)) if file.is_file() else []
     if not any(key.endswith(".image_newline") for key in keys):
         raise ValueError(
             f"{file} holds no image_newline, which {type(model).__name__} is trained with: merged, the model would be "
@@ -177,8 +204,7 @@ def _check_keys(model: PeftModel, folder: Path) -> None:
     file = folder / _WEIGHTS_NAME
     if not file.is_file():
         raise ValueError(f"{folder} is not an adapter folder: {_WEIGHTS_NAME} is missing")
-    with safe_open(file, framework="pt") as weights:
-        found = set(weights.keys())
+    found = set(_stored(file))
     needed = set(get_peft_model_state_dict(model, save_embedding_layers=False))
     needed |= {name for name, _ in model.named_parameters() if part_of(name) == "image_newline"}
     if missing := sorted(needed - found):
@@ -213,7 +239,7 @@ def _base_of(adapter: Path) -> Path:
     file = adapter / "adapter_config.json"
     if not file.is_file():
         raise ValueError(f"{adapter} is not an adapter folder: adapter_config.json is missing")
-    base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    if not base:
+    base = read_object(file).get("base_model_name_or_path")
+    if not base or not isinstance(base, str) or "\0" in base:
         raise ValueError(f"{file} names no base model: name it with --base")
     return Path(base)

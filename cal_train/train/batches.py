@@ -3,10 +3,13 @@
 Accelerate would repeat rows where they do not suffice for all ranks.
 """
 
-from collections.abc import Callable, Sized
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sized
 from typing import Any, cast
 
 from accelerate.data_loader import prepare_data_loader
+from accelerate.utils import gather_object
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import TrainingArguments
 
@@ -14,6 +17,29 @@ from cal_train.data.sampling import RankBatches
 from cal_train.data.workers import loader_context
 
 Collate = Callable[[list[Any]], dict[str, Any]]
+
+
+def check_same_rows(num_rows: int, data_files: Mapping[str, int]) -> None:
+    """Refuse a run whose ranks have found different data; all ranks call this.
+
+    On copies that differ from node to node, rows would be trained twice or never, and ranks with fewer of them would
+    leave the others waiting.
+
+    Args:
+        num_rows: Of an epoch.
+        data_files: Size in bytes of each file.
+
+    Raises:
+        ValueError: On all ranks, if one differs from the first.
+    """
+    own = hashlib.sha256(json.dumps([num_rows, sorted(data_files.items())]).encode()).hexdigest()
+    found = gather_object([(own, num_rows)])
+    if differing := [rank for rank, (digest, _) in enumerate(found) if digest != found[0][0]]:
+        rank = differing[0]
+        raise ValueError(
+            f"{len(differing)} ranks have found other data files than rank 0, which has {found[0][1]} rows, first rank "
+            f"{rank} with {found[rank][1]}: give all nodes the same files, names and sizes"
+        )
 
 
 def train_batches(dataset: Dataset, sampler: Sampler[int], collate: Collate, args: TrainingArguments) -> DataLoader:

@@ -1,11 +1,13 @@
 """Read weights back so that not a single one is missed, and find the checkpoint to go on from."""
 
 import logging
+import math
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import safe_globals
 
 from cal_train.folders import check_shards, from_folder
@@ -74,7 +76,28 @@ def resolve_resume(resume_from_checkpoint: str | None, output_dir: str | Path, i
         checkpoint = complete[-1]
     check_shards(checkpoint)
     check_pickles(checkpoint)
+    check_state(checkpoint)
     return str(checkpoint)
+
+
+def check_state(checkpoint: Path) -> None:
+    """Raise if the Trainer's state is none, or is of another step than the folder.
+
+    Raises:
+        ValueError: Naming the file and what is wrong.
+    """
+    file = checkpoint / TRAINER_STATE_NAME
+    try:
+        state = TrainerState.load_from_json(str(file))
+        numbers = [state.epoch, state.global_step, state.max_steps, state.num_input_tokens_seen, state.total_flos]
+        is_one = all(isinstance(n, int | float) and math.isfinite(n) and n >= 0 for n in numbers)
+        is_one &= isinstance(state.log_history, list) and all(isinstance(line, dict) for line in state.log_history)
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError, OverflowError) as error:
+        raise ValueError(f"{file} is not the state of a run ({error!r}): resume from another checkpoint") from error
+    if not is_one or not isinstance(state.global_step, int):
+        raise ValueError(f"{file} holds numbers or log lines that are none: resume from another checkpoint")
+    if step_of(checkpoint) not in (-1, state.global_step):
+        raise ValueError(f"{file} says step {state.global_step}, the folder is of another: resume from another one")
 
 
 def check_pickles(checkpoint: Path) -> None:

@@ -118,6 +118,10 @@ class LogWindow:
             self.flops.reset()
         self._started, self._first_step = time.perf_counter(), global_step
 
+    def leave_out(self, seconds: float) -> None:
+        """Take time that did not go into training, for an evaluation, out of the window."""
+        self._started += seconds
+
     def add(self, inputs: Mapping[str, Any], outputs: Mapping[str, Tensor]) -> None:
         """Count a micro-batch whose loss is finite."""
         self._num_tokens += inputs["attention_mask"].sum()

@@ -6,6 +6,7 @@ Otherwise the Trainer goes on without a word: with another batch size from anoth
 
 import logging
 import math
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,7 @@ def check_same_run(checkpoint: str, now: Mapping[str, Any], args: VlmTrainingArg
     refused, tolerated = [], []
     for name in differing:
         is_fine = name in allowed or _is_harmless(name, before, now)
-        (tolerated if is_fine else refused).append(f"{name} was {before[name]!r} and is {now[name]!r}")
+        (tolerated if is_fine else refused).append(_told(name, before[name], now[name]))
     if refused:
         raise ValueError(
             f"{checkpoint} is of a run with other options: {'; '.join(refused)}. Set them back to go on with it, start "
@@ -102,8 +103,18 @@ def _is_harmless(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -
         return now["lr_scheduler_type"] in SCHEDULES_WITHOUT_END
     if name in BATCH:  # the same rows per step, dealt out otherwise
         same_rows = math.prod(before[part] for part in BATCH) == math.prod(now[part] for part in BATCH)
-        return same_rows and now["engine"] == before["engine"] == "DDP" and now["loss_normalizer"] != "micro_batch"
+        return same_rows and now["engine"] == before.get("engine") == "DDP" and now["loss_normalizer"] != "micro_batch"
     return False
+
+
+def _told(name: str, was: Any, now: Any) -> str:
+    """Say what has changed, in short: of the files of a data set, a few of those that differ."""
+    if isinstance(was, dict) and isinstance(now, dict):
+        differing = [key for key in {**was, **now} if was.get(key) != now.get(key)]
+        was, now = ({key: side[key] for key in differing if key in side} for side in (was, now))
+    short = reprlib.Repr()
+    short.maxstring, short.maxother, short.maxdict = 200, 200, 3
+    return f"{name} was {short.repr(was)} and is {short.repr(now)}"
 
 
 def _option(text: str) -> str:

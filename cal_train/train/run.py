@@ -32,6 +32,7 @@ from cal_train.models.parts import Part, PartCount, freeze
 from cal_train.models.quantize import check_quantized, keep_layout, quantization_settings
 from cal_train.models.tower import require_hidden_state
 from cal_train.models.vocabulary import stop_token_ids
+from cal_train.train.batches import check_same_rows
 from cal_train.train.engines import NOTHING_ASKED, Asked, check_engine, check_ranks, keep_layer_names, keep_names
 from cal_train.train.resume_check import check_same_run, facts_to_compare
 from cal_train.train.run_data import TrainingRows, cache_features, go_on, pack_tokens, rows_per_step, training_rows
@@ -83,6 +84,7 @@ def train(recipe: Recipe, asked: Asked = NOTHING_ASKED, evaluate_checkpoint: Eva
     counts = freeze(trainable, recipe.model.stage, part_overrides(recipe.model))
     collate = Collator(processor.tokenizer.pad_token_id, pack_tokens(recipe, model, weighting))
     rows = training_rows(recipe, processor, collate)
+    check_same_rows(rows.num_rows, facts["data_files"])
     eval_dataset = build_eval_dataset(recipe.data, processor)
     datasets = [dataset for dataset in (rows.dataset, eval_dataset) if dataset is not None]
     features = cache_features(recipe, model, processor, datasets)
@@ -292,6 +294,8 @@ def report_end(trainer: VlmTrainer, recipe: Recipe) -> None:
         logger.info("adapters saved. Next: cal-train merge --adapter %s --output %s-merged", folder, folder)
     elif recipe.model.stage == "pretrain":
         logger.info("saved. Next: cal-train train FINETUNE.yaml --model_name_or_path %s", folder)
+    elif recipe.data.streaming:  # `score` reads single files
+        logger.info("saved in %s", folder)
     else:
         source = training_sources(recipe.data)[0]
         command = f"cal-train score --model {folder} --data {source.path} --image_root {source.root}"

@@ -104,8 +104,8 @@ def _check_place(loader: StreamLoader, checkpoint: str, accumulation: int) -> No
     if (plan.epoch, position) != (epoch, step * accumulation):
         raise ValueError(
             f"{checkpoint} stands at batch {position} of epoch {plan.epoch}, but its {num_steps} steps of "
-            f"{accumulation} batches lead to batch {step * accumulation} of epoch {epoch}: it is of a run that began an "
-            "epoch anew, or had other gradient_accumulation_steps. Resume from a checkpoint before that"
+            f"{accumulation} batches lead to batch {step * accumulation} of epoch {epoch}: it is of a run that began "
+            "an epoch anew, or had other gradient_accumulation_steps. Resume from a checkpoint before that"
         )
 
 

@@ -116,7 +116,7 @@ def incomplete_because(checkpoint: Path) -> str | None:
         return f"no {MARKER_NAME}"
     try:
         sizes = dict(json.loads(marker.read_text(encoding="utf-8"))["files"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return f"{MARKER_NAME} is damaged"
     for name, size in sizes.items():
         path = checkpoint / name

@@ -58,7 +58,9 @@ def read_position(loader: StreamLoader, checkpoint: str | Path) -> None:
     try:
         state = json.loads(file.read_text(encoding="utf-8"))
         loader.load_state_dict(state)
-    except (TypeError, AttributeError, KeyError, json.JSONDecodeError) as error:
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    except (TypeError, AttributeError, KeyError, RecursionError, OverflowError) as error:
         raise ValueError(f"{file} is not a position in a stream ({error!r}): resume from another checkpoint") from error
 
 

@@ -43,7 +43,7 @@ class SuiteEvaluation(TrainerCallback):
     """Evaluates each checkpoint on the main process while the other ranks wait.
 
     Args:
-        trainer: Logs the results as ``eval_suite/TASK/METRIC``.
+        trainer: Logs the results as ``suite/TASK/METRIC``.
         evaluate: What is done with a checkpoint.
     """
 
@@ -93,4 +93,4 @@ class SuiteEvaluation(TrainerCallback):
             self.num_failed += 1
             logger.warning("eval_suite failed for %s, training goes on: %s", checkpoint, error)
             metrics = {"failed": float(self.num_failed)}
-        self.trainer.log({f"eval_suite/{name}": value for name, value in metrics.items()})
+        self.trainer.log({f"suite/{name}": value for name, value in metrics.items()})

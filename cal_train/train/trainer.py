@@ -204,6 +204,7 @@ class VlmTrainer(SafeTrainer):
         It is the same number with CAL on or off, so that runs compare. Ranks that run out of rows go on with empty
         batches: sharded parameters need every rank.
         """
+        started = time.perf_counter()
         dataset = cast(Dataset, eval_dataset if eval_dataset is not None else self.eval_dataset)
         model = self.model_wrapped
         model.eval()
@@ -222,6 +223,7 @@ class VlmTrainer(SafeTrainer):
         loss_sum, num_labels = self._sum_over_ranks(sums).tolist()
         metrics = {f"{metric_key_prefix}_loss": loss_sum / max(num_labels, 1.0)}
         self.log(dict(metrics))
+        self.window.leave_out(time.perf_counter() - started)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
@@ -274,11 +276,8 @@ class VlmTrainer(SafeTrainer):
 
     def _count_dropped(self, problems: list[Problem]) -> None:
         for problem in problems:
-            if any((problem.file, problem.row) == (known.file, known.row) for known in self.dropped.problems):
-                continue  # another epoch, or another evaluation
-            self.dropped.count += 1
-            self.dropped.problems.append(problem)
-            if self.dropped.count > self.max_bad_samples:
+            is_new = self.dropped.add(problem)  # not of another epoch, or of another evaluation
+            if is_new and self.dropped.count > self.max_bad_samples:
                 raise ValueError(
                     f"{problem}\n{self.dropped.count} bad rows, max_bad_samples is {self.max_bad_samples}. Run "
                     "`cal-train check_data` on the recipe to see all of them; a larger max_bad_samples drops and "

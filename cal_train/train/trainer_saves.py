@@ -2,18 +2,22 @@
 
 import functools
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Protocol, cast
 
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
 from cal_train.train.provenance import RECORDS
 from cal_train.train.safe_save import Ranks, rotate, write_checkpoint, write_output
 from cal_train.train.step_guard import StepGuard
+from cal_train.train.stream import EpochBatches
 
 
 class SavesAside(Protocol):
@@ -41,9 +45,24 @@ class SafeTrainer(Trainer):
         self.guard.grad_norm = super()._get_grad_norm(model, grad_norm)
         return self.guard.grad_norm
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with _naming(checkpoint, "optimizer and schedule"):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _naming(checkpoint, "the random generators"):
+            super()._load_rng_state(checkpoint)
+
     def _run_epoch(self, **arguments: Any) -> None:
         if self.state.global_step < self.state.max_steps:  # resumed at the very end, it would take one step more
             super()._run_epoch(**arguments)
+
+    def num_examples(self, dataloader: DataLoader) -> int:
+        """Return the rows of an epoch; of a stream, whose length is in batches, those that all ranks take."""
+        num_examples = super().num_examples(dataloader)
+        if isinstance(dataloader.dataset, EpochBatches):
+            return num_examples * self.args.per_device_train_batch_size * self.args.world_size
+        return num_examples
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save what the run trains, into the run folder by default; older files go once the new ones are written."""
@@ -59,6 +78,17 @@ class SafeTrainer(Trainer):
 
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self.aside is None else str(self.aside)
+
+
+@contextmanager
+def _naming(checkpoint: str | None, what: str) -> Iterator[None]:
+    """Name the checkpoint where a state that is read from it turns out not to fit."""
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError, RuntimeError, UnpicklingError) as error:
+        if checkpoint is None:
+            raise
+        raise ValueError(f"{checkpoint}: the state of {what} cannot be taken up ({error!r})") from error
 
 
 def save_checkpoint(trainer: SavesAside, write: Callable[[], None]) -> None:

@@ -151,6 +151,7 @@ def test_a_model_folder_that_does_not_exist_is_named_by_every_verb(recipe_file, 
         "average_tokens_across_devices: false",
         "train_sampling_strategy: group_by_length",
         "dataloader_persistent_workers: true",
+        "auto_find_batch_size: true",
     ],
 )
 def test_an_option_that_would_be_ignored_is_refused_with_the_reason(recipe_file, line):

@@ -167,6 +167,7 @@ def test_csv_rows_of_a_wrong_width_are_problems_and_the_others_keep_their_text(t
         ([("a.txt", b"x")], "no image member"),
         ([("a.png", png(0)), ("a.txt", b"\xff\xfe")], "utf-8"),
         ([("a.png", png(0)), ("a.json", b"{")], "Expecting"),
+        ([("a.png", png(0)), ("a.json", b"[" * 100_000)], "nested too deep"),
         ([("a.png", png(0)), ("a.json", b'{"url": "x"}')], "none of the fields"),
         ([("a.png", png(0)), ("a.txt", b" ")], "blank"),
     ],

@@ -14,8 +14,7 @@ from cal_train.data.stream_plan import EpochPlan, Share
 def lane_rows(plan, share):
     """Rows (source, block, row) of each batch of a lane."""
     lane, batches = plan.lane(share), []
-    for number in range(-(-lane.num_batches // lane.batches_per_window)):
-        pieces, order = lane.window(number)
+    for pieces, order in lane.windows():
         rows = [(p.source, p.block, i) for p in pieces for i in range(p.start, p.stop)]
         assert sorted(order.tolist()) == list(range(len(rows)))
         batches += [

@@ -155,22 +155,30 @@ def is_saving(run):
     return any(run.glob("*.partial"))
 
 
+def exit_code(pid):
+    """None while it runs."""
+    ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    return None if ended is None else ended.si_status
+
+
+def newest_step(run):
+    return max((int(path.name.split("-")[1]) for path in run.glob("checkpoint-*[0-9]")), default=0)
+
+
 def wait_for_a_moment(run, pids, chooser, while_saving):
-    """Sleep until it is time to kill; return False if the run ended before."""
-    known = {path.name for path in run.glob("checkpoint-*")}
-    moment = chooser.random()
+    """Sleep until it is time to kill: not before the first checkpoint of this start, so that every start gets ahead."""
+    known, moment = newest_step(run), chooser.random()
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:  # until the first checkpoint of this start, so that every start gets ahead
-        if {path.name for path in run.glob("checkpoint-*")} - known:
+    while time.monotonic() < deadline:
+        was_running = exit_code(pids[0]) is None
+        if newest_step(run) > known:
             break
-        if os.waitpid(pids[0], os.WNOHANG)[0]:
-            raise AssertionError("the run ended before it was killed")
+        assert was_running, f"it ended before it got ahead of step {known}\n{log(run.parent)}"
         time.sleep(0.001)
     time.sleep(0.3 * moment)
-    while while_saving and time.monotonic() < deadline and not is_saving(run):
+    while while_saving and time.monotonic() < deadline and not is_saving(run) and exit_code(pids[0]) is None:
         time.sleep(0.0005)
     time.sleep(0.02 * chooser.random() if while_saving else 0)
-    return True
 
 
 def send_to_all_groups(pids, number):
@@ -200,17 +208,23 @@ def test_killed_at_random_moments_and_resumed_a_run_ends_bit_for_bit_the_same(
     assert len(losses) == MAX_STEPS
 
     chooser, run = random.Random(SEED), tmp_path / "killed" / "run"
-    num_left_half_written, steps = 0, []
-    for number in range(num_kills):
-        if number and number % (MAX_STEPS // 3) == 0:  # a few kills use up all steps: another run, from the beginning
+    num_left_half_written, steps, num_here = 0, [], 0
+    while len(steps) < num_kills:
+        # a few kills use up all steps (on a busy machine fewer): another run, from the beginning
+        if num_here == MAX_STEPS // 3 or newest_step(run) == MAX_STEPS:
             assert wait(start(recipe, tmp_path / "killed", world_size)) == [0] * world_size, log(tmp_path / "killed")
             check_it_ends_the_same(run, expected, losses)
-            run.rename(tmp_path / f"finished-{number}")
+            run.rename(tmp_path / f"finished-{len(steps)}-{num_here}")
+            num_here = 0
         pids = start(recipe, tmp_path / "killed", world_size)
-        wait_for_a_moment(run, pids, chooser, while_saving=number % 2 == 1)
+        wait_for_a_moment(run, pids, chooser, while_saving=len(steps) % 2 == 1)
+        codes = {exit_code(pid) for pid in pids}
+        assert codes <= {None, 0}, log(tmp_path / "killed")
         kill(pids if chooser.random() < 0.5 or world_size == 1 else pids[::-1])
-        num_left_half_written += is_saving(run)
-        steps.append(max((int(path.name.split("-")[1]) for path in run.glob("checkpoint-*[0-9]")), default=0))
+        if codes == {None}:  # not too late
+            num_here += 1
+            num_left_half_written += is_saving(run)
+            steps.append(newest_step(run))
     assert wait(start(recipe, tmp_path / "killed", world_size)) == [0] * world_size, log(tmp_path / "killed")
     check_it_ends_the_same(run, expected, losses)
     saves = f"{num_left_half_written} left a half-written save"

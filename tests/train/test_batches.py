@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from cal_train.data.sampling import RankBatches
-from cal_train.train.batches import train_batches
+from cal_train.train import batches as batches_module
+from cal_train.train.batches import check_same_rows, train_batches
+from cal_train.train.stream import epoch_loader
 from cal_train.train.trainer import VlmTrainer
 
 
@@ -52,3 +54,24 @@ def test_options_of_accelerate_that_would_deal_rows_again_are_refused(option):
     config = SimpleNamespace(**{"split_batches": False, "dispatch_batches": None, option: True})
     with pytest.raises(ValueError, match="leave out split_batches and dispatch_batches"):
         train_batches([], [], list, SimpleNamespace(accelerator_config=config))
+
+
+def test_the_rows_of_a_streamed_epoch_are_those_of_all_ranks():
+    """The Trainer logs rows per second of the whole run by this number."""
+    trainer = VlmTrainer.__new__(VlmTrainer)
+    trainer.args = SimpleNamespace(per_device_train_batch_size=4, world_size=3)
+    batches = RankBatches(list(range(60)), 4, 0, 3)
+    assert trainer.num_examples(epoch_loader(batches, dict)) == 60
+    assert trainer.num_examples(torch.utils.data.DataLoader(list(range(7)), batch_sampler=batches)) == 7
+
+
+@pytest.mark.parametrize(("num_rows", "files"), [(8, {"a": 5}), (9, {"a": 4}), (8, {"b": 5, "a": 5})])
+def test_ranks_that_have_found_other_data_are_refused(monkeypatch, num_rows, files):
+    check_same_rows(9, {"a": 5})  # one process
+    others = []
+    monkeypatch.setattr(batches_module, "gather_object", lambda own: others.append(own[0]) or own)
+    check_same_rows(num_rows, files)
+    check_same_rows(9, {"a": 5})
+    monkeypatch.setattr(batches_module, "gather_object", lambda own: [own[0], others[1], others[0]])
+    with pytest.raises(ValueError, match=rf"1 ranks .* rank 0, which has 9 rows, first rank 2 with {num_rows}: give"):
+        check_same_rows(9, {"a": 5})

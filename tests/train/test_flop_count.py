@@ -1,6 +1,8 @@
 """Operations per second and MFU in the log; the oracle is PyTorch's counter on the real steps."""
 
 import json
+from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,8 +27,8 @@ def wide(tmp_path_factory):
 
 
 @pytest.fixture
-def counts(tiny_run, wide, monkeypatch):
-    """Train a step; return operations (by PyTorch, useful, ablated) and the share of positions that are tokens."""
+def step_of(tiny_run, wide, monkeypatch):
+    """Train one step; return its batch, the operations by PyTorch, and our counter after it."""
     found = {}
     step, add = VlmTrainer.training_step, FlopCount.add
 
@@ -37,43 +39,90 @@ def counts(tiny_run, wide, monkeypatch):
         return loss
 
     def noted(self, inputs):
+        self.reset()
         add(self, inputs)
-        found["ours"] = self.useful, self.ablated
-        found["filled"] = float(inputs["attention_mask"].float().mean())
+        found["batch"], found["ours"], found["useful"], found["ablated"] = inputs, self, self.useful, self.ablated
 
     monkeypatch.setattr(VlmTrainer, "training_step", training_step)
     monkeypatch.setattr(FlopCount, "add", noted)
 
     def run(*options):
         tiny_run(*STEP, "--model_name_or_path", wide, "--per_device_train_batch_size", "8", *options)
-        return found["torch"], *found["ours"], found["filled"]
+        return SimpleNamespace(**found)
 
     return run
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        ("--cal", "false"),
-        ("--cal", "true"),
-        ("--cal", "true", "--tune_vision_tower", "true"),
-        ("--stage", "pretrain"),
-        ("--cal", "true", "--packing", "true"),
-        ("--cal", "true", "--lora_enable", "true", "--lora_dropout", "0"),
-    ],
-    ids=["plain", "cal", "tower", "projector", "packed", "lora"],
-)
-def test_counted_work_is_what_pytorch_counts(counts, options):
-    # padding and the pairs above the diagonal, at this size a few percent, are work for the counter and not for us
-    by_torch, useful, ablated, filled = counts(*options)
-    print(options, filled, (useful + ablated) / by_torch)
-    assert filled * 0.93 < (useful + ablated) / by_torch < 1.02
+def samples_of(batch, image_token_id):
+    """Return (row, tokens, image tokens) of each sample, whether rows hold one or several."""
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    numbers = batch.get("segment_ids", mask * torch.arange(1, len(mask) + 1)[:, None])
+    samples = []
+    for number in range(1, int(numbers.max()) + 1):
+        is_here = numbers == number
+        row = int(is_here.any(1).nonzero()[0])
+        samples.append((row, int(is_here.sum()), int((ids[is_here] == image_token_id).sum())))
+    return samples
 
 
-def test_the_pass_without_the_image_is_counted_apart(counts):
-    plain, with_cal = counts("--cal", "false"), counts("--cal", "true")
-    assert with_cal[1] == plain[1] and plain[2] == 0
-    assert with_cal[2] == pytest.approx(with_cal[0] - plain[0], rel=0.15)
+def computed(batch, ours):
+    """Return what eager attention multiplies: padded rows, and every pair of a row's positions, visible or not."""
+    rates, kept = ours.rates, Counter()
+    for row, tokens, images in samples_of(batch, ours.image_token_id):
+        if images:
+            kept[row] += tokens - images
+    (num_rows, length), width = batch["input_ids"].shape, max(kept.values())
+    return (
+        num_rows * (rates.decoder[0] * length + rates.decoder[1] * length**2)
+        + (len(kept) * (rates.ablated[0] * width + rates.ablated[1] * width**2) if rates.ablation else 0)
+        + rates.vision_tower * len(batch["pixel_values"])
+        + rates.projector * int((batch["input_ids"] == ours.image_token_id).sum())
+        + rates.head * int((batch["labels"][:, 1:] != -100).sum())
+    )
+
+
+OPTIONS = {
+    "plain": ("--cal", "false"),
+    "cal": ("--cal", "true"),
+    "tower": ("--cal", "true", "--tune_vision_tower", "true"),
+    "projector": ("--stage", "pretrain"),
+    "packed": ("--cal", "true", "--packing", "true"),
+    "lora": ("--cal", "true", "--lora_enable", "true", "--lora_dropout", "0"),
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_rates_times_all_that_is_computed_is_what_pytorch_counts(step_of, name):
+    step = step_of(*OPTIONS[name])
+    print(name, computed(step.batch, step.ours) / step.torch)
+    assert step.torch == pytest.approx(computed(step.batch, step.ours), rel=0.02)
+    assert step.useful + step.ablated < step.torch
+
+
+@pytest.mark.parametrize("name", ["cal", "packed"])
+def test_padding_and_pairs_that_cannot_be_seen_are_not_counted(step_of, name):
+    step = step_of(*OPTIONS[name])
+    rates, samples = step.ours.rates, samples_of(step.batch, step.ours.image_token_id)
+    assert len(samples) == 8 and any(images == 0 for *_, images in samples)
+    lengths = [tokens for _, tokens, _ in samples]
+    without_image = [tokens - images for _, tokens, images in samples if images]
+
+    def decoded(rate, lengths):  # token k of a sample sees k pairs
+        return rate[0] * sum(lengths) + rate[1] * sum(sum(range(1, length + 1)) for length in lengths)
+
+    assert step.ablated == pytest.approx(decoded(rates.ablated, without_image))
+    others = step.useful - decoded(rates.decoder, lengths)
+    images, labels = len(step.batch["pixel_values"]), int((step.batch["labels"][:, 1:] != -100).sum())
+    patches = sum(images for *_, images in samples)
+    assert others == pytest.approx(rates.vision_tower * images + rates.projector * patches + rates.head * labels)
+
+
+def test_the_pass_without_the_image_is_counted_apart(step_of):
+    plain, with_cal = step_of(*OPTIONS["plain"]), step_of(*OPTIONS["cal"])
+    assert with_cal.useful == plain.useful and plain.ablated == 0 < with_cal.ablated
+    more = computed(with_cal.batch, with_cal.ours) - computed(plain.batch, plain.ours)
+    assert with_cal.torch - plain.torch == pytest.approx(more, rel=0.02)
+    assert with_cal.ablated < more
 
 
 def logged(folder):

@@ -135,6 +135,29 @@ def test_ranks_engine_and_data_are_compared_too(tmp_path, before, now, named):
         )
 
 
+def test_another_batch_is_refused_where_the_record_is_too_old_to_name_the_engine(tmp_path):
+    current = record(tmp_path, VALUES, world_size=2)
+    facts = json.loads((tmp_path / "environment.json").read_text())
+    (tmp_path / "environment.json").write_text(json.dumps({"world_size": facts["world_size"]}))
+    args = SimpleNamespace(resume_changes=None)
+    check_same_run(str(tmp_path), current, args)
+    with pytest.raises(ValueError, match="world_size was 2 and is 1"):
+        check_same_run(str(tmp_path), current | {"world_size": 1, "gradient_accumulation_steps": 4}, args)
+
+
+def test_of_thousands_of_data_files_those_that_differ_are_named(tmp_path):
+    files = {f"shards/{i:05}.tar": 10_000 for i in range(5_000)}
+    current = record(tmp_path, VALUES, data_files=files)
+    changed = current | {"data_files": files | {"shards/04711.tar": 9_999}}
+    with pytest.raises(
+        ValueError, match=r"data_files was {'shards/04711.tar': 10000} and is {'shards/04711.tar': 9999}"
+    ):
+        check_same_run(str(tmp_path), changed, SimpleNamespace(resume_changes=None))
+    with pytest.raises(ValueError, match="data_files was ") as refused:
+        check_same_run(str(tmp_path), current | {"data_files": {"other.tar": 1}}, SimpleNamespace(resume_changes=None))
+    assert len(str(refused.value)) < 800
+
+
 def test_a_misspelt_change_is_refused(tmp_path):
     with pytest.raises(ValueError, match="resume_changes: max_step is not compared"):
         check_same_run(str(tmp_path), VALUES, SimpleNamespace(resume_changes=["max_step"]))

@@ -1,7 +1,9 @@
 """Streamed training: the losses of map-style data in the same order, and a resume that nobody can tell."""
 
 import json
+import logging
 import re
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pytest
@@ -13,6 +15,7 @@ from cal_train.data.dataset import build_dataset
 from cal_train.data.examples import SampleEncoder
 from cal_train.train import run as run_module
 from cal_train.train import run_data
+from cal_train.types import DropCount
 
 
 def as_shards(root):
@@ -65,7 +68,15 @@ class Fixed(Sampler):
         self.epoch = epoch
 
 
-@pytest.mark.parametrize("options", [(), ("--packing", "true", "--cal", "true", "--gradient_accumulation_steps", "2")])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param((), id="padded", marks=pytest.mark.slow),
+        pytest.param(
+            ("--packing", "true", "--cal", "true", "--gradient_accumulation_steps", "2"), id="packed-with-cal"
+        ),
+    ],
+)
 def test_streamed_training_has_the_losses_of_map_style_data_in_the_same_order(
     tiny_run, streamed, monkeypatch, weights_of, options
 ):
@@ -184,7 +195,7 @@ def test_a_checkpoint_of_a_run_without_streaming_is_refused(tiny_run, streamed):
         '["data_path", "streaming", "shuffle_pool", "max_steps", "num_train_epochs", "data_files"]',
     )
     with pytest.raises(ValueError, match=r"has no stream\.json: it is of a run without streaming"):
-        streamed("--resume_from_checkpoint", str(run / "checkpoint-1"), *changed)
+        streamed("--resume_from_checkpoint", str(run / "checkpoint-1"), "--resume_changes", json.dumps(changed))
 
 
 def test_bad_rows_are_dropped_and_counted_once_as_with_map_style_data(tiny_run, tmp_path):
@@ -203,6 +214,17 @@ def test_bad_rows_are_dropped_and_counted_once_as_with_map_style_data(tiny_run, 
     run = tiny_run(*options, "--max_bad_samples", "1")
     history = json.loads((run / "trainer_state.json").read_text())["log_history"]
     assert [line["dropped_rows"] for line in history if "dropped_rows" in line][-1] == 1
+
+
+def test_no_command_is_advised_at_the_end_that_reads_single_files(caplog, tmp_path):
+    recipe = SimpleNamespace(
+        training=SimpleNamespace(output_dir=str(tmp_path)),
+        model=SimpleNamespace(lora_enable=False, stage="finetune"),
+        data=SimpleNamespace(streaming=True, data_path="shards"),
+    )
+    with caplog.at_level(logging.INFO, logger="cal_train"):
+        run_module.report_end(SimpleNamespace(dropped=DropCount()), recipe)
+    assert str(tmp_path) in caplog.text and "cal-train score" not in caplog.text
 
 
 def talk(i):

@@ -31,11 +31,11 @@ def test_every_save_is_evaluated_logged_at_its_step_and_a_failure_is_counted(
 
     folder = run_with(tiny_run, tmp_path / "run", evaluate)
     history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    found = [(line["step"], {k: v for k, v in line.items() if k.startswith("eval_suite/")}) for line in history]
+    found = [(line["step"], {k: v for k, v in line.items() if k.startswith("suite/")}) for line in history]
     assert {step: line for step, line in found if line} == {
-        2: {"eval_suite/colour/acc": 0.2},
-        4: {"eval_suite/failed": 1.0},
-        6: {"eval_suite/colour/acc": 0.6},
+        2: {"suite/colour/acc": 0.2},
+        4: {"suite/failed": 1.0},
+        6: {"suite/colour/acc": 0.6},
     }
     assert (
         "failed for" in caplog.text and "out of memory" in caplog.text and "1 evaluations by eval_suite" in caplog.text

@@ -297,6 +297,7 @@ def test_a_finished_run_is_measured_by_the_verb_as_during_training(run, tower_re
         (("--global_batch_size", "32"), "do not fill a batch"),
         (("--dataloader_drop_last", "false"), "dataloader_drop_last=False is not possible: a contrastive batch must"),
         (("--dataloader_prefetch_factor", "4"), "dataloader_prefetch_factor=4 is not possible: the stream keeps"),
+        (("--auto_find_batch_size", "true"), "auto_find_batch_size=True is not possible: the stream deals out"),
     ],
 )
 def test_a_configuration_that_does_not_fit_is_refused_with_the_reason(run, options, message):

@@ -22,7 +22,7 @@ from cal_train.conf import Recipe
 from cal_train.evals.lmms.children import Evaluate, run_in_child
 from cal_train.evals.lmms.results import RESULTS
 from cal_train.evals.lmms.suites import load_suite
-from cal_train.evals.report.task_curves import draw_task_curves, final_step, read_task_curves
+from cal_train.evals.report.task_curves import draw_curves, final_step, read_task_curves
 from cal_train.train.run_folder import output_folder
 from cal_train.train.safe_save import MARKER_NAME, complete_checkpoints
 from cal_train.train.suite_evaluation import EvaluateCheckpoint, EvaluationFailedError
@@ -188,19 +188,24 @@ def evaluation_of(recipe: Recipe, environment: Mapping[str, str] | None = None) 
         check_settings(results, settings)
 
     def evaluate(checkpoint: Path, should_stop: Callable[[], bool]) -> Mapping[str, float]:
-        run_in_child(path, options, environment, should_stop)(checkpoint, results / checkpoint.name)
-        draw_curves(run, suite.name)
-        return metrics_in(results / checkpoint.name)
+        try:
+            run_in_child(path, options, environment, should_stop)(checkpoint, results / checkpoint.name)
+            draw_suite(run, suite.name)
+            return metrics_in(results / checkpoint.name)
+        except (OSError, ValueError) as error:  # such as a full disk, which is no reason to end a training
+            raise EvaluationFailedError(f"{type(error).__name__}: {error}") from error
 
     return evaluate
 
 
-def draw_curves(run: Path, suite: str) -> Path | None:
+def draw_suite(run: Path, suite: str) -> Path | None:
     """Draw a suite's metrics over the steps of a run, once there are two points; return the picture's path."""
     curves = read_task_curves(run).get(suite, {})
     if max(map(len, curves.values()), default=0) < 2:
         return None
-    return draw_task_curves(curves, f"{run.resolve().name}: {suite}", results_of_run(run, suite) / "curves.png")
+    name = run.resolve().name
+    by_run = {metric: {name: points} for metric, points in curves.items()}
+    return draw_curves(by_run, f"{name}: {suite}", results_of_run(run, suite) / "curves.png")
 
 
 def metrics_in(folder: Path) -> dict[str, float]:

@@ -214,6 +214,8 @@ class CalTrain(lmms):
             "do_sample": temperature > 0,
             "temperature": temperature or None,
             "top_p": given.get("top_p") if temperature else None,
+            # folders of a training may turn it off; without it, gaps in positions would be taken for packed sequences
+            "use_cache": True,
             "pad_token_id": self.processor.tokenizer.pad_token_id,
         }
         if self.model.generation_config.eos_token_id is None:

@@ -15,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
+from accelerate import Accelerator
 from lmms_eval.api.model import lmms
 from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.models import get_model
@@ -143,9 +144,12 @@ def _load(through: str, model: str, batch_size: int, device: str | None, dtype: 
         return CalTrain(model, device, dtype, batch_size, **asking)
     if asking:
         raise ValueError(f"{', '.join(asking)}: only our own model of lmms-eval can do that, not {through}")
+    if batch_size != 1:
+        raise ValueError(f"--batch_size {batch_size}: {through} asks one document at a time, leave it out")
     theirs: Callable[..., lmms] = get_model(through, force_simple=True)
-    device = device or "cuda"
-    return theirs(pretrained=model, batch_size=batch_size, device=device, device_map=device, dtype=dtype)
+    here = Accelerator()  # what each of several ranks has, which theirs takes for granted to be a CUDA device
+    place = device if device and here.num_processes == 1 else str(here.device)
+    return theirs(pretrained=model, batch_size=batch_size, device=place, device_map=place, dtype=dtype)
 
 
 def _template_hash(model: Path) -> str | None:

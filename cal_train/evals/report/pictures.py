@@ -13,6 +13,7 @@ from cal_train.evals.report.map_pictures import write_map_pictures
 from cal_train.evals.report.page import PageContent, visible_text
 from cal_train.evals.report.samples import prompt_of
 from cal_train.evals.report.summary import Summary, bin_edges, summarize
+from cal_train.evals.report.task_curves import draw_curves
 from cal_train.evals.report.words import CLASSES
 
 NUM_HEAT_MAPS = 8
@@ -20,15 +21,29 @@ _COLOURS = ("#c2410c", "#b88a00", "#4b7a8c", "#b9b3a5")
 
 
 def write_pictures(content: PageContent, folder: str | Path) -> list[Path]:
-    """Write ``histogram.png``, one ``heat_map*.png`` per model, of the first samples, and all maps; return the paths.
+    """Write what the page draws: ``curves.png``, ``histogram.png``, heat maps of each model's first samples, all maps.
+
+    Returns:
+        The paths of the pictures.
 
     Raises:
-        ValueError: If there are no scores to draw.
+        ValueError: If there are neither curves nor scores to draw.
     """
-    if not content.models:
-        raise ValueError("--png draws scores, and there are none: give a score file")
+    if not (content.models or content.curves):
+        raise ValueError("--png draws curves and scores, and there are none: give a run folder or a score file")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    if content.curves:
+        curves = {
+            visible_text(metric): {visible_text(run): points for run, points in runs.items()}
+            for metric, runs in content.curves.items()
+        }
+        written.append(draw_curves(curves, visible_text(content.title), folder / "curves.png", points=""))
+    return written + _write_scores(content, folder) if content.models else written
+
+
+def _write_scores(content: PageContent, folder: Path) -> list[Path]:
     edges = bin_edges([model.rows for model in content.models], content.low, content.high)
     summaries = {model.name: summarize(model.rows, content.low, content.high, edges) for model in content.models}
     written = [draw_histogram(summaries, content.low, content.high, folder / "histogram.png")]

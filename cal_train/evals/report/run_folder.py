@@ -98,7 +98,7 @@ def with_task_curves(curves: Curves, runs: Sequence[Path]) -> Curves:
                     found.setdefault(f"{suite}/{name}", {})[run.name] = points
     if not found:
         return curves
-    return {metric: lines for metric, lines in curves.items() if not metric.startswith("eval_suite/")} | found
+    return {metric: lines for metric, lines in curves.items() if not metric.startswith("suite/")} | found
 
 
 def _rank(metric: str) -> tuple[int, str]:

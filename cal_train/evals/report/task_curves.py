@@ -1,4 +1,4 @@
-"""Benchmark results of a run's checkpoints over its steps: read from the run folder, and drawn as PNG."""
+"""Benchmark results of a run's checkpoints over its steps, read from the run folder; any curves, drawn as PNG."""
 
 import json
 import math
@@ -7,6 +7,7 @@ from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 STATE_NAME = "trainer_state.json"
 _COLUMNS = 3
@@ -45,19 +46,34 @@ def final_step(run: Path) -> int | None:
     return int(json.loads(state.read_text(encoding="utf-8"))["global_step"]) if state.is_file() else None
 
 
-def draw_task_curves(curves: Mapping[str, Sequence[tuple[int, float]]], title: str, output: Path) -> Path:
-    """Draw one panel per metric; return the path of the PNG."""
+def draw_curves(
+    curves: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]], title: str, output: Path, points: str = "o"
+) -> Path:
+    """Draw one panel per metric with a line per run over its steps; return the path of the PNG.
+
+    Args:
+        curves: Metric -> run -> (step, value).
+        title: Stands above all.
+        output: PNG to write.
+        points: Matplotlib's marker of each point, empty for lines alone.
+    """
     num_rows = math.ceil(len(curves) / _COLUMNS)
     figure = Figure(figsize=(3.2 * _COLUMNS, 2.1 * num_rows + 0.4), layout="constrained")
     canvas = FigureCanvasAgg(figure)
     panels = list(figure.subplots(num_rows, _COLUMNS, squeeze=False).flat)
-    for axes, (name, points) in zip(panels, curves.items(), strict=False):
-        axes.plot([step for step, _ in points], [value for _, value in points], marker="o", markersize=3)
+    colours = {run: f"C{k}" for k, run in enumerate(dict.fromkeys(run for runs in curves.values() for run in runs))}
+    for axes, (name, runs) in zip(panels, curves.items(), strict=False):
+        for run, line in runs.items():
+            steps, values = zip(*line, strict=True) if line else ((), ())
+            axes.plot(steps, values, marker=points, markersize=3, linewidth=1.2, color=colours[run])
         axes.set_title(name.replace("$", r"\$"), fontsize=8, loc="left")
         axes.tick_params(labelsize=7)
         axes.spines[["top", "right"]].set_visible(False)
     for axes in panels[len(curves) :]:
         axes.set_visible(False)
+    if len(colours) > 1:
+        handles = [Line2D([], [], color=colour, label=run.replace("$", r"\$")) for run, colour in colours.items()]
+        figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     figure.suptitle(title.replace("$", r"\$"), fontsize=9)
     canvas.print_png(str(output))
     return output

@@ -1,5 +1,6 @@
 """LoRA folders of the original repositories: an adapter, and a side file with everything else that was trained."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,10 @@ def fold(folder: Path, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], 
         if pair.keys() != {"lora_A", "lora_B"}:
             raise ValueError(f"{folder}: the adapter holds only {next(iter(pair))} for {target}")
         weight, down, up = folded[target], pair["lora_A"].float(), pair["lora_B"].float()
+        if not up.dim() == down.dim() == 2 or up.shape[1] != len(down):
+            raise ValueError(
+                f"{folder}: lora_A {tuple(down.shape)} and lora_B {tuple(up.shape)} of {target} do not fit"
+            )
         if (up.shape[0], down.shape[1]) != tuple(weight.shape):
             raise ValueError(
                 f"{folder}: the adapter changes {target} by {up.shape[0]} x {down.shape[1]} values, the base model has "
@@ -72,8 +77,10 @@ def _scale(config: Mapping[str, Any], folder: Path) -> float:
     for name, only in _UNSUPPORTED.items():
         if config.get(name) not in (only, None):
             raise ValueError(f"{folder / ADAPTER_CONFIG}: {name} {config[name]!r} cannot be folded: plain LoRA can")
-    rank = config["r"]
-    return config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        raise ValueError(f"{folder / ADAPTER_CONFIG}: r {rank!r} and lora_alpha {alpha!r} are not a rank and a scale")
+    return alpha / (rank**0.5 if config.get("use_rslora") else rank)
 
 
 def _matrices(folder: Path) -> dict[str, dict[str, Tensor]]:

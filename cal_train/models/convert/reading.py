@@ -3,7 +3,6 @@
 Tensors stay mapped to their files: reading a folder takes no memory to speak of until its values are used.
 """
 
-import json
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,6 +13,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+
+from cal_train.folders import read_object
 
 _WHOLE = ("model.safetensors", "pytorch_model.bin")
 _INDEX = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -33,13 +34,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise ValueError(f"{path} does not exist")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold an object, not a {type(content).__name__}")
-    return content
+    return read_object(path)
 
 
 def has_weights(folder: Path) -> bool:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
+from cal_train.folders import check_files
 from cal_train.models.convert.from_hf import to_canonical, to_original
 from cal_train.models.convert.from_original import Parts, from_original
 from cal_train.models.convert.reading import read_json
@@ -55,8 +56,8 @@ def convert(
     """
     source, output = Path(source), Path(output)
     check_output(output)
-    if not source.is_dir():
-        raise ValueError(f"{source} is not a folder")
+    for folder in filter(None, (source, base)):
+        check_files(Path(folder))
     if is_original(read_json(source / "config.json")):
         if to == "original":
             raise ValueError(f"{source} is in the layout of the original repositories already")

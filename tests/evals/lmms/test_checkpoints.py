@@ -20,7 +20,7 @@ from cal_train.cli.recipe import load_recipe
 from cal_train.cli.train import alone
 from cal_train.evals.lmms.checkpoints import (
     check_settings,
-    draw_curves,
+    draw_suite,
     evaluate_run,
     evaluation_of,
     results_of_run,
@@ -159,14 +159,14 @@ def test_results_of_other_settings_are_not_mixed(run):
 def test_results_are_curves_over_steps_on_the_page_and_as_png(run):
     save(run, 5), save(run, 10)
     end(run, 12)
-    log = [{"step": step, "loss": 1.0, "eval_suite/colour/acc": 0.0} for step in (5, 10)]
+    log = [{"step": step, "loss": 1.0, "suite/colour/acc": 0.0} for step in (5, 10)]
     (run / "trainer_state.json").write_text(json.dumps({"global_step": 12, "log_history": log}))
-    assert draw_curves(run, "tiny") is None
+    assert draw_suite(run, "tiny") is None
     evaluate(run, Runner())
     curves = read_source(run).curves
     assert curves["tiny/colour/acc"] == {"run": [(5, 0.5), (10, 1.0), (12, 1.5)]}
-    assert "loss" in curves and "eval_suite/colour/acc" not in curves  # the log's copy is not drawn besides
-    picture = draw_curves(run, "tiny")
+    assert "loss" in curves and "suite/colour/acc" not in curves  # the log's copy is not drawn besides
+    picture = draw_suite(run, "tiny")
     assert picture == run / "eval" / "tiny" / "curves.png"
     with Image.open(picture) as image:
         assert np.asarray(image.convert("L")).std() > 1
@@ -196,6 +196,16 @@ def test_what_a_recipe_asks_is_checked_before_it_trains(tmp_path, monkeypatch):
     monkeypatch.setattr("cal_train.evals.lmms.checkpoints.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="needs lmms-eval"):
         evaluation_of(recipe_with(tmp_path, "--eval_suite", str(suite)))
+
+
+def test_results_that_cannot_be_written_are_a_failed_evaluation_and_no_end_of_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr("cal_train.evals.lmms.checkpoints.find_spec", lambda name: name)
+    (tmp_path / "tiny.yaml").write_text("tasks: [colour]")
+    evaluate = evaluation_of(recipe_with(tmp_path, "--eval_suite", str(tmp_path / "tiny.yaml")))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "eval").write_text("a file where the folder of results would be")
+    with pytest.raises(EvaluationFailedError, match="NotADirectoryError"):
+        evaluate(save(tmp_path / "out", 1), lambda: False)
 
 
 def test_a_process_that_evaluates_is_told_nothing_of_ranks():
@@ -253,9 +263,7 @@ def test_lora_checkpoints_are_evaluated_during_training_and_the_watcher_does_the
     assert first["tasks"]["tiny_words"]["num_documents"] == 3
     history = json.loads((run / "trainer_state.json").read_text())["log_history"]
     logged = {
-        line["step"]: line["eval_suite/tiny_words/has_words"]
-        for line in history
-        if "eval_suite/tiny_words/has_words" in line
+        line["step"]: line["suite/tiny_words/has_words"] for line in history if "suite/tiny_words/has_words" in line
     }
     assert logged == {
         2: first["tasks"]["tiny_words"]["metrics"]["has_words"],
@@ -294,6 +302,6 @@ def test_on_two_ranks_one_evaluates_and_a_broken_suite_does_not_end_the_training
     broken = ["train", str(place / "recipe.yaml"), "--output_dir", str(tmp_path / "broken")]
     assert main([*broken, "--eval_suite", str(tmp_path / "broken.yaml"), "--save_steps", "4"]) == 0
     history = json.loads((tmp_path / "broken" / "trainer_state.json").read_text())["log_history"]
-    assert [line["eval_suite/failed"] for line in history if "eval_suite/failed" in line] == [1.0]
+    assert [line["suite/failed"] for line in history if "suite/failed" in line] == [1.0]
     log = tmp_path / "broken" / "eval" / "broken" / "checkpoint-4.partial" / "log.txt"
     assert "no task 'no_such_task'" in log.read_text()

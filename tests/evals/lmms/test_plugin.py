@@ -153,6 +153,14 @@ def test_without_its_images_a_document_is_answered_as_with_hidden_images(folders
         np.testing.assert_allclose([r.text[0] for r in results], wanted, rtol=1e-4, atol=1e-4)
 
 
+def test_a_folder_that_turns_its_cache_off_is_answered_the_same_without_images(folders):
+    docs = documents([1, 2])
+    expected = [blind_by_hand(folders["llava"], doc)[0] for doc in docs]
+    model = ours(folders["llava"], docs, without_image=True)
+    model.model.generation_config.use_cache = False
+    assert model.generate_until(requests_of(docs)) == expected
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

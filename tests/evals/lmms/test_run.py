@@ -23,6 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # of lmms-eval's dependencies
 
 ROOT = Path(__file__).parents[3]
 NUM_SCENES = 5
+LLAVA_HF = ["--through", "llava_hf"]
 
 
 def write_split(folder):
@@ -67,6 +68,16 @@ def told(folder):
     return {task: found["metrics"] for task, found in summary["tasks"].items()}, answers, summary
 
 
+def assert_same(folder, batched, **settings):
+    """The scores of a batched evaluation on one rank, and its answers, in the tasks that were asked."""
+    metrics, answers, summary = told(folder)
+    one, one_answers, _ = told(batched)
+    assert {name: summary["settings"][name] for name in settings} == settings
+    assert len(metrics) >= 5 and metrics == {task: one[task] for task in metrics}
+    generated = [task for task in answers if task != "demo_kind_choice"]  # whose answers are float32 sums
+    assert {task: answers[task] for task in generated} == {task: one_answers[task] for task in generated}
+
+
 @pytest.fixture(scope="module")
 def batched(place, tmp_path_factory):
     output = tmp_path_factory.mktemp("batched") / "out"
@@ -98,7 +109,7 @@ def test_the_choice_is_the_likeliest_sentence(batched):
 
 
 def test_llava_hf_and_our_model_give_the_same_answers_and_scores(place, batched, tmp_path):
-    assert main(command(place, "generated", tmp_path / "theirs", "--through", "llava_hf")) == 0
+    assert main(command(place, "generated", tmp_path / "theirs", *LLAVA_HF)) == 0
     metrics, answers, summary = told(tmp_path / "theirs")
     assert summary["settings"]["through"] == "llava_hf" and len(answers) == 5
     ours, our_answers, _ = told(batched)
@@ -129,7 +140,8 @@ def test_ways_to_ask_are_recorded_and_a_comparison_says_so(place, batched, tmp_p
     [
         (["--vcd_beta", "0.2"], "belongs to --vcd_alpha"),
         (["--tasks", "demo_nam"], "no task 'demo_nam': did you mean demo_name"),
-        (["--through", "llava_hf", "--without_image", "true"], "only our own model"),
+        ([*LLAVA_HF, "--without_image", "true"], "only our own model"),
+        ([*LLAVA_HF, "--batch_size", "8"], "llava_hf asks one document at a time"),
     ],
 )
 def test_options_that_do_not_go_together_are_one_message(place, tmp_path, capsys, options, message):
@@ -139,19 +151,24 @@ def test_options_that_do_not_go_together_are_one_message(place, tmp_path, capsys
 
 
 @pytest.mark.slow
-def test_two_ranks_give_the_answers_of_one(place, batched, tmp_path):
+def test_one_document_at_a_time_gives_what_eight_give(place, batched, tmp_path):
+    assert main(command(place, "demo", tmp_path / "out", "--batch_size", "1")) == 0
+    assert_same(tmp_path / "out", batched, ranks=1, batch_size=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("suite", "options", "batch_size"),
+    [("demo", ["--batch_size", "1"], 1), ("demo", ["--batch_size", "8"], 8), ("generated", LLAVA_HF, 1)],
+    ids=["ours-1", "ours-8", "llava_hf"],
+)
+def test_two_ranks_give_the_answers_of_one(place, batched, tmp_path, suite, options, batch_size):
     launch = ["accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--mixed_precision", "no"]
     launch += ["--dynamo_backend", "no", "--num_processes", "2", "--main_process_port", "0", "-m", "cal_train"]
-    options = ["--batch_size", "2"]
-    arguments = [a for a in command(place, "demo", tmp_path / "out", *options) if a not in ("--device", "cpu")]
+    arguments = [a for a in command(place, suite, tmp_path / "out", *options) if a not in ("--device", "cpu")]
     env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, "-m", *launch, *arguments], check=True, env=env, cwd=tmp_path, timeout=500)
-    metrics, answers, summary = told(tmp_path / "out")
-    assert summary["settings"]["ranks"] == 2
-    one, one_answers, _ = told(batched)
-    assert metrics == one
-    generated = [task for task in answers if task != "demo_kind_choice"]
-    assert {task: answers[task] for task in generated} == {task: one_answers[task] for task in generated}
+    assert_same(tmp_path / "out", batched, ranks=2, batch_size=batch_size)
 
 
 @pytest.mark.slow  # lmms-eval reads the files of all its tasks

@@ -7,10 +7,12 @@ import re
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from cal_train.cli.main import main
 from cal_train.evals.report import page as page_module
 from cal_train.evals.report.page import PageContent, ScoredModel, num_shown, render_page, script_json, visible_text
+from cal_train.evals.report.pictures import write_pictures
 from cal_train.evals.report.run_folder import ResultTable
 from cal_train.evals.report.scores import ScoredRow
 from cal_train.types import Message, Sample
@@ -153,3 +155,21 @@ def test_the_command_writes_page_and_pictures(tmp_path, capsys):
     assert main(["report", str(scores), "--image_root", "x", "--output", str(output)]) == 2
     errors = capsys.readouterr().err
     assert "does not exist" in errors and "3 paths" in errors and "--data" in errors
+
+
+def test_curves_are_drawn_too_each_run_in_its_colour_with_or_without_scores(tmp_path):
+    def picture_of(curves, *models):
+        written = write_pictures(content(*models, curves=curves), tmp_path)
+        with Image.open(written[0]) as image:
+            red, _, blue = np.moveaxis(np.asarray(image.convert("RGB"), dtype=int), 2, 0)
+        has_blue, has_orange = (blue - red > 50).any(), (red - blue > 50).any()  # all else is grey
+        return [path.name for path in written], len(red), (bool(has_blue), bool(has_orange))
+
+    first, second = {"a$": [(1, 0.1), (9, 0.8)]}, {"b": [(1, 0.7), (9, 0.2)]}
+    names, height, colours = picture_of({"tiny/name/acc": first})
+    assert names == ["curves.png"] and colours == (True, False)
+    _, height_of_two_rows, colours = picture_of(dict.fromkeys("pqr", first) | {"s": first | second})
+    assert colours == (True, True) and height_of_two_rows > height
+    assert picture_of({"q": first}, [row("r", [" a"])])[0] == ["curves.png", "histogram.png", "heat_map.png"]
+    with pytest.raises(ValueError, match="there are none"):
+        write_pictures(content(), tmp_path)
