@@ -31,6 +31,7 @@ _GZIP = b"\x1f\x8b"
 _NAME_TYPES = (*(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE), *(b"L", b"K"))
 _MOST_NAME_BYTES = 16_384  # of a header that holds names; they are searched in quadratic time
 _MOST_ROW_BYTES = 2**28
+_MOST_GROWTH = 1100  # of deflate; a member that claims more cannot be there
 _CUT = "Write the shard again; what is there of it is used"
 
 
@@ -89,7 +90,7 @@ def count_rows(shard: Path) -> RowCount:
     try:
         with shard.open("rb") as file, _open(file, "r:") as tar:
             try:
-                for member in _headers(tar):
+                for member in _headers(tar, _room(shard)):
                     prefix = base_plus_ext(member.name)[0]
                     rows += prefix is not None and prefix != key
                     key = prefix if prefix is not None else key
@@ -124,7 +125,7 @@ def read_shard(
     row, errors, oversized = 0, list[Exception](), set[str | None]()
     try:
         with shard.open("rb") as file:
-            for members in group_by_keys(_members(file, errors, oversized)):
+            for members in group_by_keys(_members(file, _room(shard), errors, oversized)):
                 if row == num_rows:
                     logger.warning("%s has more than the %d rows that sizes.json lists", shard, num_rows)
                     break
@@ -148,7 +149,13 @@ def _open(file: BinaryIO, mode: str) -> tarfile.TarFile:
     return tarfile.open(fileobj=file, mode=mode + "gz" * is_gzip, tarinfo=_Header)  # pyright: ignore[reportCallIssue, reportArgumentType]
 
 
-def _headers(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+def _room(shard: Path) -> int:
+    """Return how many bytes the members of a shard can have at most."""
+    with shard.open("rb") as file:
+        return shard.stat().st_size * (_MOST_GROWTH if file.read(2) == _GZIP else 1)
+
+
+def _headers(tar: tarfile.TarFile, room: int) -> Iterator[tarfile.TarInfo]:
     """Yield the members that belong to rows.
 
     Raises:
@@ -159,13 +166,17 @@ def _headers(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
             tar.members = []  # pyright: ignore[reportAttributeAccessIssue] or the headers of the whole shard stay in memory
             if member.size < 0 or member.issparse():  # an extended header may have changed both
                 raise tarfile.ReadError(f"{member.name!r} is stored sparse or has a negative size")
+            if member.size > room:  # Python's reader would pass over it block by block, whatever is there
+                raise tarfile.ReadError(f"{member.name!r} claims {member.size} bytes, more than the shard can hold")
             if member.isreg() and not _META.match(member.name):
                 yield member
     except _HEADER_ERRORS as error:
         raise tarfile.ReadError(f"a header is damaged: {type(error).__name__}: {error}") from error
 
 
-def _members(file: BinaryIO, errors: list[Exception], oversized: set[str | None]) -> Iterator[dict[str, Any]]:
+def _members(
+    file: BinaryIO, room: int, errors: list[Exception], oversized: set[str | None]
+) -> Iterator[dict[str, Any]]:
     """Yield the members up to the first error, so that the row that is complete before it is not lost.
 
     The contents of a row that is above `_MOST_ROW_BYTES` are not read, and its key is added to ``oversized``.
@@ -173,7 +184,7 @@ def _members(file: BinaryIO, errors: list[Exception], oversized: set[str | None]
     key, num_bytes = None, 0
     try:
         with _open(file, "r|") as tar:
-            for member in _headers(tar):
+            for member in _headers(tar, room):
                 prefix = base_plus_ext(member.name)[0]
                 key, num_bytes = prefix, member.size + (num_bytes if prefix == key else 0)
                 content = tar.extractfile(member) if num_bytes <= _MOST_ROW_BYTES else None

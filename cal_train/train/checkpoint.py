@@ -87,16 +87,18 @@ def check_state(checkpoint: Path) -> None:
         ValueError: Naming the file and what is wrong.
     """
     file = checkpoint / TRAINER_STATE_NAME
+    if not file.is_file():
+        return  # the Trainer names what is missing
     try:
         state = TrainerState.load_from_json(str(file))
-        numbers = [state.epoch, state.global_step, state.max_steps, state.num_input_tokens_seen, state.total_flos]
+        numbers = [state.epoch or 0, state.global_step, state.max_steps, state.num_input_tokens_seen, state.total_flos]
         is_one = all(isinstance(n, int | float) and math.isfinite(n) and n >= 0 for n in numbers)
         is_one &= isinstance(state.log_history, list) and all(isinstance(line, dict) for line in state.log_history)
     except (OSError, ValueError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise ValueError(f"{file} is not the state of a run ({error!r}): resume from another checkpoint") from error
     if not is_one or not isinstance(state.global_step, int):
         raise ValueError(f"{file} holds numbers or log lines that are none: resume from another checkpoint")
-    if step_of(checkpoint) not in (-1, state.global_step):
+    if state.global_step and step_of(checkpoint) not in (-1, state.global_step):
         raise ValueError(f"{file} says step {state.global_step}, the folder is of another: resume from another one")
 
 

@@ -6,6 +6,8 @@ import pytest
 from hostile_runs import ADAPTERS, CHECKPOINTS, ORIGINALS, SCORES
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+pytestmark = pytest.mark.slow
+
 
 def spoiled(world, kind, cases, name, source):
     """Return a copy of a folder with a case's damage."""
@@ -74,7 +76,6 @@ def original(attack, world):
     return folder / "flat"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_merge_refuses_the_adapter(attack, world, adapter, name):
     folder = spoiled(world, "adapter", ADAPTERS, name, adapter)
@@ -84,9 +85,7 @@ def test_merge_refuses_the_adapter(attack, world, adapter, name):
     assert not output.exists()
 
 
-@pytest.mark.parametrize("name", [
-    pytest.param(name, marks=() if i % 6 == 0 else pytest.mark.slow) for i, name in enumerate(CHECKPOINTS)
-])  # fmt: skip
+@pytest.mark.parametrize("name", CHECKPOINTS)
 def test_train_refuses_to_resume(attack, world, checkpoint, name):
     folder = spoiled(world, "checkpoint", CHECKPOINTS, name, checkpoint)
     if not name.startswith("marker"):
@@ -104,7 +103,6 @@ def remark(checkpoint):
     mark_complete(checkpoint)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", SCORES)
 def test_train_refuses_the_score_file(attack, world, scores, name):
     folder = spoiled(world, "scores", SCORES, name, scores)
@@ -112,9 +110,7 @@ def test_train_refuses_the_score_file(attack, world, scores, name):
     attack.refused("train", recipe, names=[folder], max_mib=800)
 
 
-@pytest.mark.parametrize("name", [
-    pytest.param(name, marks=() if i % 6 == 0 else pytest.mark.slow) for i, name in enumerate(ORIGINALS)
-])  # fmt: skip
+@pytest.mark.parametrize("name", ORIGINALS)
 def test_convert_refuses_the_original_folder(attack, world, original, name):
     folder = spoiled(world, "original", ORIGINALS, name, original)
     output = folder.parent / "output"

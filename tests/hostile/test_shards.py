@@ -6,6 +6,8 @@ import re
 import pytest
 from hostile_shards import SHARDS, rows, shard
 
+pytestmark = pytest.mark.slow
+
 
 def recipe_of(world, folder, path):
     options = {"data_path": str(path), "image_folder": None, "streaming": True, "per_device_train_batch_size": 1}

@@ -65,22 +65,23 @@ def shape_of(ink):
     return form / np.linalg.norm(form), cut.shape[1] / cut.shape[0]
 
 
-def shapes_of(texts):
-    """Return forms (N, pixels) and widths over heights (N,) of texts set at 90 px in the middle of nowhere."""
+def shapes_of(texts, size):
+    """Return forms (N, pixels) and widths over heights (N,) of texts set alone, white on black."""
     found = []
     for text in texts:
-        page = Image.new("L", (900, 200))
-        ImageDraw.Draw(page).text((40, 40), text, fill=255, font=ImageFont.load_default(90))
+        page = Image.new("L", (300, 120))
+        ImageDraw.Draw(page).text((40, 40), text, fill=255, font=ImageFont.load_default(size))
         found.append(shape_of(np.asarray(page).astype(float)))
     return np.stack([form for form, _ in found]), np.array([ratio for _, ratio in found])
 
 
 class Reader:
-    """Answers with the text whose shape is most like that of the ink in question."""
+    """Answers with the text whose shape, in one of the sizes, is most like that of the ink in question."""
 
     def __init__(self, texts):
-        self.texts = list(texts)
-        self.forms, self.ratios = shapes_of(self.texts)
+        sizes = (12, 18, 28, 44)
+        self.texts = list(texts) * len(sizes)
+        self.forms, self.ratios = map(np.concatenate, zip(*(shapes_of(texts, size) for size in sizes), strict=True))
 
     def read(self, picture, question):
         form, ratio = shape_of(ink_asked_for(picture, question))
