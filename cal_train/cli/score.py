@@ -24,6 +24,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--image_position", choices=["keep", "front"], default="keep", help="as in the recipe that trained the model"
     )
+    parser.add_argument(
+        "--template",
+        default="chat",
+        help="as in the recipe that trains on the scores (default: the folder's own)",
+    )
+    parser.add_argument(
+        "--image_aspect_ratio",
+        choices=["square", "pad", "anyres"],
+        help="as in the recipe that will train on the scores (default: what the model folder says)",
+    )
     parser.add_argument("--model_max_length", type=int, default=2048, help="tokens per row, image tokens included")
 
 
@@ -35,6 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
     count = score_file(
         arguments.model, arguments.data, arguments.image_root, arguments.output, weighting,
         arguments.batch_size, arguments.max_bad_samples, arguments.model_max_length, arguments.image_position,
+        arguments.template, arguments.image_aspect_ratio,
     )  # fmt: skip
     Console().print(f"{count} samples scored into {arguments.output}")
     return 0

@@ -53,6 +53,21 @@ def tokenizer_digest(tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
+def template_digest(processor: Any) -> str:
+    """Return the SHA-256 digest of a processor's chat template."""
+    return hashlib.sha256(str(processor.chat_template).encode()).hexdigest()
+
+
+def image_processing_digest(processor: Any) -> str:
+    """Return the SHA-256 digest of how a processor makes model inputs of an image: sizes, cropping, padding, colours.
+
+    The class's name is left out: the same processing comes under two of them (PIL and torchvision).
+    """
+    told = processor.image_processor.to_dict()
+    told.pop("image_processor_type", None)
+    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
+
+
 def file_digest(path: str | Path) -> str:
     """Return the SHA-256 digest of a file's content."""
     with Path(path).open("rb") as file:

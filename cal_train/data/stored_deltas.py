@@ -20,7 +20,7 @@ from cal_train.types import IGNORE_INDEX, BadSampleError, Problem, Sample, Token
 
 # How `score` begins a record; one that begins otherwise is read whole.
 _HEAD = re.compile(rb'\{"id": ("(?:[^"\\]|\\.)*"), (?:"row": (\d+), )?"input_ids": ')
-_AGAIN = "Score the data again with cal-train score"
+_AGAIN = "Score the data again with cal-train score, with the recipe's --template and --image_aspect_ratio"
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,8 @@ class Scored:
     """What a run needs scores to be of; each field is a key of ``FILE.about.json`` (``ablation``: of its weighting)."""
 
     tokenizer_sha256: str
+    template_sha256: str
+    images_sha256: str
     max_length: int
     image_position: str
     image_token_id: int
@@ -110,6 +112,8 @@ def check_about(scores: Path, about: Mapping[str, Any], data: Path, needed: Scor
     found = {**about, "ablation": weighting.get("ablation") if isinstance(weighting, dict) else None}
     told = {
         "tokenizer_sha256": "tokenizer",
+        "template_sha256": "template",
+        "images_sha256": "image processing (image_aspect_ratio)",
         "max_length": "model_max_length",
         "image_position": "image_position",
         "image_token_id": "image_token_id",

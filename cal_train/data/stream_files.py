@@ -157,16 +157,17 @@ class ParquetBlocks(Generic[Row]):
 
     def __init__(self, files: list[Path], root: Path | None, rows: RowFormat[Row]):
         self.root, self.rows, self.problems = root, rows, list[Problem]()
+        self.columns: dict[Path, tuple[str, ...]] = {}  # a file of text-only rows may lack the images' column
         groups: list[tuple[Path, int, int]] = []  # file, row group, number of its first row
         lengths: list[int] = []
         for file in files:
-            counts = _row_groups(file)
+            counts, names = _row_groups(file)
             _not_empty([sum(counts)], [file])
+            self.columns[file] = rows.columns(names, str(file))
             firsts = np.cumsum([0, *counts]).tolist()
             groups += [(file, group, firsts[group]) for group, count in enumerate(counts) if count]
             lengths += [count for count in counts if count]
         self.groups, self.lengths = groups, np.array(lengths, np.int64)
-        self.columns = rows.columns(parquet.read_schema(files[0]).names, str(files[0]))
         self._kept: tuple[int, pa.Table | str] | None = None
 
     def read(self, block: int, start: int, stop: int) -> Iterator[Row | Problem]:
@@ -182,14 +183,14 @@ class ParquetBlocks(Generic[Row]):
                 yield Problem(str(file), first + i, name, table, "Write the file again, or remove it from the source")
             else:
                 record = table.slice(i, 1).to_pylist()[0]
-                yield self.rows.of_record(record, self.columns, str(file), first + i, self.root or file.parent)
+                yield self.rows.of_record(record, self.columns[file], str(file), first + i, self.root or file.parent)
 
     def _read_group(self, block: int) -> pa.Table | str:
         """Return a row group, or why it cannot be read."""
         file, group, _ = self.groups[block]
         try:
             with parquet.ParquetFile(file) as opened:
-                wanted = [*self.columns, *(["id"] if "id" in opened.schema_arrow.names else [])]
+                wanted = [*self.columns[file], *(["id"] if "id" in opened.schema_arrow.names else [])]
                 return opened.read_row_group(group, columns=list(dict.fromkeys(wanted)))
         except (pa.ArrowException, OSError) as error:
             return f"row group {group} cannot be read: {error}"
@@ -198,12 +199,14 @@ class ParquetBlocks(Generic[Row]):
         return {**self.__dict__, "_kept": None}
 
 
-def _row_groups(file: Path) -> list[int]:
+def _row_groups(file: Path) -> tuple[list[int], list[str]]:
+    """Return the rows of each row group, and the names of the columns."""
     try:
         metadata = parquet.read_metadata(file)
     except (pa.ArrowInvalid, OSError) as error:
         raise ValueError(f"{file} is not a Parquet file, or is cut off: {error}") from error
-    return [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+    counts = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+    return counts, metadata.schema.to_arrow_schema().names
 
 
 class TableBlocks(Generic[Row]):

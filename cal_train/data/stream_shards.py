@@ -10,6 +10,7 @@ import tarfile
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, Self, TypeVar
 
@@ -69,15 +70,24 @@ def listed_rows(shard: Path) -> RowCount | None:
     sizes = shard.with_name("sizes.json")
     if not sizes.is_file():
         return None
-    try:
-        rows = json.loads(sizes.read_text(encoding="utf-8")).get(shard.name)
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{sizes} is not a mapping from shard names to numbers of rows: {error}") from error
+    rows = _sizes(sizes, sizes.stat().st_mtime_ns).get(shard.name)
     if rows is None:
         return None
     if isinstance(rows, bool) or not isinstance(rows, int) or rows < 0:
         raise ValueError(f"{sizes}: {rows!r} is not a number of rows for {shard.name}")
     return RowCount(rows)
+
+
+@lru_cache(maxsize=64)
+def _sizes(file: Path, changed_ns: int) -> dict[str, Any]:
+    """Return what a ``sizes.json`` holds; read once, however many shards it lists, unless it was ``changed_ns``."""
+    try:
+        listed = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not a mapping from shard names to numbers of rows: {error}") from error
+    if not isinstance(listed, dict):
+        raise ValueError(f"{file} is not a mapping from shard names to numbers of rows, but a {type(listed).__name__}")
+    return listed
 
 
 def count_rows(shard: Path) -> RowCount:

@@ -17,7 +17,13 @@ from cal_train.cal.strategies import TokenWeighting
 from cal_train.data.collate import Collator
 from cal_train.data.dataset import VlmDataset
 from cal_train.data.processor import load_processor
-from cal_train.data.score_notes import file_digest, model_digest, tokenizer_digest
+from cal_train.data.score_notes import (
+    file_digest,
+    image_processing_digest,
+    model_digest,
+    template_digest,
+    tokenizer_digest,
+)
 from cal_train.data.sources import Source
 from cal_train.evals.score_parts import Progress, ScoreParts
 from cal_train.folders import from_folder
@@ -40,6 +46,8 @@ def score_file(
     max_bad_samples: int = 0,
     max_length: int = 2048,
     image_position: Literal["keep", "front"] = "keep",
+    template: str = "chat",
+    image_aspect_ratio: Literal["square", "pad", "anyres"] | None = None,
 ) -> int:
     """Score a data file and write one JSON object per sample, in input order.
 
@@ -51,7 +59,7 @@ def score_file(
     the same file. ``OUTPUT.about.json`` says what was scored with what.
 
     Args:
-        model_folder: A model in Hugging Face layout; its own chat template is used.
+        model_folder: A model in Hugging Face layout.
         data: JSON, JSONL or Parquet file.
         image_root: Folder of the images. Default: the folder of the data file.
         output: JSON lines file; written aside as ``OUTPUT.part`` and renamed when complete.
@@ -60,6 +68,9 @@ def score_file(
         max_bad_samples: Bad rows that are left out (and logged) before the run stops.
         max_length: Tokens per row.
         image_position: As in the recipe that trained; the model folder does not remember it.
+        template: A template's name; ``chat`` is the folder's own. Scores to train on need the recipe's, and its aspect
+            ratio.
+        image_aspect_ratio: How images become square; None is what the folder says.
 
     Returns:
         The number of samples in the file.
@@ -71,7 +82,7 @@ def score_file(
     if weighting.ablation is None:
         raise ValueError("this strategy takes no image away, so there is nothing to score: use cal or cal_reference")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    processor = load_processor(model_folder)
+    processor = load_processor(model_folder, template, image_aspect_ratio)
     model = from_folder(AutoModelForImageTextToText, model_folder, dtype=torch.float32).eval()
     cast(nn.Module, model).to(device)  # transformers' own `to` is annotated without its arguments
     source = Source(Path(data), Path(image_root) if image_root else None)
@@ -79,6 +90,8 @@ def score_file(
     about = {
         "model_sha256": model_digest(model_folder),
         "tokenizer_sha256": tokenizer_digest(processor.tokenizer),  # pyright: ignore[reportAttributeAccessIssue]
+        "template_sha256": template_digest(processor),
+        "images_sha256": image_processing_digest(processor),
         "data_sha256": file_digest(data),
         "weighting": asdict(weighting),
         "batch_size": batch_size,  # the flat scope smooths across the rows of a batch

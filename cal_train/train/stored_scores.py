@@ -7,7 +7,7 @@ from pathlib import Path
 from cal_train.cal.strategies import TokenWeighting
 from cal_train.conf import Recipe
 from cal_train.data.dataset import VlmDataset
-from cal_train.data.score_notes import tokenizer_digest
+from cal_train.data.score_notes import image_processing_digest, template_digest, tokenizer_digest
 from cal_train.data.sources import Source, training_sources
 from cal_train.data.stored_deltas import Scored, StoredDeltas
 
@@ -69,6 +69,8 @@ def open_deltas(files: Sequence[Path], dataset: VlmDataset, weighting: TokenWeig
     processor = dataset.processor
     needed = Scored(
         tokenizer_sha256=tokenizer_digest(processor.tokenizer),  # pyright: ignore[reportAttributeAccessIssue]
+        template_sha256=template_digest(processor),
+        images_sha256=image_processing_digest(processor),
         max_length=dataset.max_length,
         image_position=dataset.image_position,
         image_token_id=processor.image_token_id,  # pyright: ignore[reportAttributeAccessIssue]

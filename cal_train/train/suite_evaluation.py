@@ -6,6 +6,7 @@ own); here is when, on which rank, and that a failure of it never ends a trainin
 
 import datetime
 import logging
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from cal_train.train.metrics import LogWindow
 from cal_train.train.run_folder import output_folder
 from cal_train.train.step_guard import StepGuard
 
@@ -33,6 +35,7 @@ class LogsAndStops(Protocol):
     """The part of a trainer that this needs."""
 
     guard: StepGuard
+    window: LogWindow
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Write a line of numbers."""
@@ -61,10 +64,12 @@ class SuiteEvaluation(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Evaluate what was just saved."""
+        started = time.perf_counter()
         if args.process_index == 0:
             self._evaluate(output_folder(args) / f"checkpoint-{state.global_step}")
         if self._group is not None:
             torch.distributed.barrier(group=self._group)
+        self.trainer.window.leave_out(time.perf_counter() - started)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -89,7 +94,7 @@ class SuiteEvaluation(TrainerCallback):
             torch.cuda.empty_cache()  # the evaluation may run on the same device
         try:
             metrics = dict(self.evaluate(checkpoint, is_stopping))
-        except EvaluationFailedError as error:
+        except (EvaluationFailedError, OSError, ValueError, KeyError, TypeError) as error:  # such as a full disk
             self.num_failed += 1
             logger.warning("eval_suite failed for %s, training goes on: %s", checkpoint, error)
             metrics = {"failed": float(self.num_failed)}

@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +15,7 @@ from cal_train.data.pair_rows import open_pairs
 from cal_train.data.pair_set import read_pair_set
 from cal_train.data.pairs import Pair, PairOptions, PairSource, pair_sources
 from cal_train.data.stream_files import source_files
+from cal_train.data.stream_shards import listed_rows
 from cal_train.types import Problem
 
 
@@ -191,6 +193,15 @@ def test_a_truncated_shard_gives_the_rows_before_the_cut_and_says_so(tmp_path, c
     assert good == EXPECTED[: len(good)] and len(rows) - len(good) <= 1
     # A row takes four blocks of 512 bytes: two headers, an image, and a caption of 9 bytes with padding behind it.
     assert len(good) == (kept + 2048 - (3 * 512 + 9)) // 2048
+
+
+def test_a_sizes_json_is_read_once_for_all_its_shards(tmp_path, monkeypatch):
+    names = [f"s-{i}.tar" for i in range(20)]
+    (tmp_path / "sizes.json").write_text(json.dumps(dict.fromkeys(names, 3)))
+    read, reads = Path.read_text, []
+    monkeypatch.setattr(Path, "read_text", lambda self, **options: reads.append(self) or read(self, **options))
+    assert [listed_rows(tmp_path / name).rows for name in names] == [3] * 20
+    assert reads == [tmp_path / "sizes.json"]
 
 
 def test_a_wrong_sizes_json_is_noticed_in_both_directions(tmp_path, caplog):

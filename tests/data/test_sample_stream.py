@@ -275,6 +275,14 @@ def test_batches_are_those_of_the_map_style_data_set(tmp_path):
         assert all(torch.equal(value, expected[name]) for name, value in batch.inputs.items())
 
 
+def test_a_parquet_file_of_text_alone_takes_no_images_from_the_files_after_it(tmp_path):
+    text = {"id": ["t0"], "conversations": [talk(0, num_images=0)]}
+    parquet.write_table(pa.table(text), tmp_path / "a.parquet")
+    write_parquet(tmp_path / "b.parquet", range(1, 4))
+    found = samples(tmp_path)
+    assert [(row.id, len(row.images)) for row in found] == [("t0", 0), ("r1", 1), ("r2", 1), ("r3", 1)]
+
+
 def test_a_broken_row_group_costs_its_rows_and_no_others(tmp_path):
     file = tmp_path / "p.parquet"
     write_parquet(file, range(12))

@@ -221,6 +221,8 @@ def set_in(about, **values):
         (("--model_max_length", "1024"), {}, r"model_max_length \(scored: 2048, here: 1024\)"),
         (("--image_position", "front"), {}, r"image_position \(scored: 'keep', here: 'front'\)"),
         ((), {"image_token_id": 7}, r"image_token_id \(scored: 7, here: 4\)"),
+        (("--template", "llama3"), {}, r"differs: template \(scored: "),
+        (("--image_aspect_ratio", "pad"), {}, r"differs: image processing \(image_aspect_ratio\) \(scored: "),
         (("--cal_ablation", "mask"), {}, r"cal_ablation \(scored: 'remove', here: 'mask'\)"),
         (("--cal_strategy", "cal_reference", "--cal_ablation", "remove"), {}, "cal_scope flat smooths over tokens"),
         (("--cal_strategy", "uniform"), {}, "uniform weighs all tokens alike"),
@@ -230,6 +232,17 @@ def test_scores_of_something_else_are_refused_by_name(tiny_run, scores, tmp_path
     path = edited(scores["remove"], tmp_path / "scores.jsonl", note=lambda about: set_in(about, **note))
     with pytest.raises(ValueError, match=named):
         tiny_run("--cal", "--cal_scores", str(path), *options)
+
+
+def test_scores_with_the_recipes_template_and_image_processing_are_taken(tiny_run, tmp_path):
+    options = {"template": "vicuna_v1", "image_aspect_ratio": "pad"}
+    path = write_scores(tiny_run.root, tmp_path / "scores.jsonl", **options)
+    flags = [word for name, value in options.items() for word in (f"--{name}", value)]
+    scored = tiny_run("--cal", "--cal_scores", str(path), "--max_steps", "1", *flags)
+    live = tiny_run("--cal", "--max_steps", "1", *flags)
+    for a, b in zip(log_of(scored), log_of(live), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-6)
+        assert a["cal/delta_mean"] == pytest.approx(b["cal/delta_mean"], abs=1e-6)
 
 
 def test_scores_of_another_model_are_taken_and_it_is_named(tiny_run, scores, tmp_path, caplog):

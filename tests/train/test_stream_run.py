@@ -195,7 +195,7 @@ def test_a_checkpoint_of_a_run_without_streaming_is_refused(tiny_run, streamed):
         '["data_path", "streaming", "shuffle_pool", "max_steps", "num_train_epochs", "data_files"]',
     )
     with pytest.raises(ValueError, match=r"has no stream\.json: it is of a run without streaming"):
-        streamed("--resume_from_checkpoint", str(run / "checkpoint-1"), "--resume_changes", *changed)
+        streamed("--resume_from_checkpoint", str(run / "checkpoint-1"), *changed)
 
 
 def test_bad_rows_are_dropped_and_counted_once_as_with_map_style_data(tiny_run, tmp_path):

@@ -18,6 +18,16 @@ def run_with(tiny_run, folder, evaluate, *options):
     )
 
 
+@pytest.mark.parametrize("error", [EvaluationFailedError("no memory"), OSError(28, "no space"), KeyError("results")])
+def test_no_failure_of_an_evaluation_ends_the_training(tiny_run, tmp_path, error):
+    def evaluate(checkpoint, should_stop):
+        raise error
+
+    folder = run_with(tiny_run, tmp_path / "run", evaluate, "--max_steps", "2")
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    assert [line["suite/failed"] for line in history if "suite/failed" in line] == [1.0]
+
+
 def test_every_save_is_evaluated_logged_at_its_step_and_a_failure_is_counted(
     tiny_run, tmp_path, max_difference, caplog
 ):

@@ -82,7 +82,11 @@ def _call(
     finally:  # also where this process is interrupted
         if process.poll() is None:
             process.terminate()
-            process.wait()
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
     log.seek(0, 2)
     if is_stopped:
         raise EvaluationFailedError("given up, because the run was asked to stop")
