@@ -8,10 +8,11 @@ what the allocator keeps, which the estimate leaves out.
 """
 
 import argparse
+import gc
 import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -29,6 +30,7 @@ from cal_train.train.run import wrap_lora
 from cal_train.train.trainer import VlmTrainer
 
 MIB = 2**20
+TOY = Size(28, vocab_size=500, hidden_size=64, intermediate_size=64, num_layers=1)
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,8 @@ def train_two_steps(run: Run, size: Size) -> None:
 def measured_peak(run: Run, size: Size) -> int:
     """Return the peak of the process in bytes, above its size before."""
     torch.set_num_threads(1)
+    train_two_steps(replace(run, num_rows=1), TOY)  # libraries that are imported when first used are no part of a run
+    gc.collect()
     return peak_growth(lambda: train_two_steps(run, size))
 
 

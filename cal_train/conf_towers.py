@@ -143,6 +143,13 @@ class TowerTrainingArguments(TrainingArguments):
             "beginning if there is none."
         },
     )
+    resume_changes: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Options that may differ from those of the checkpoint, as max_steps or data_path. Without it, a "
+            "run that resumes with another schedule, batch, data or model is refused."
+        },
+    )
     max_nonfinite_steps: int = field(
         default=0,
         metadata={

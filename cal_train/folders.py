@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-_READ_BY_NAME = (".json", ".safetensors", ".bin", ".jinja", ".model", ".txt", ".gguf", ".pt", ".pth")
+_READ_BY_NAME = (".json", ".safetensors", ".bin", ".jinja", ".model", ".txt", ".gguf", ".pt", ".pth", ".yaml")
 _COUNTS = re.compile(r"(num|n)_.*layers?|.*_layers|depths?|n_layer|image_size|max_position_embeddings|num_.*heads")
 _LARGEST_COUNT = {"image_size": 16_384, "max_position_embeddings": 2**24}
 _MOST_LAYERS = 4096  # and heads

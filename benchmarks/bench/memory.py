@@ -10,7 +10,7 @@ from typing import TypeVar
 import psutil
 
 T = TypeVar("T")
-PRELOAD = ["torch", "cal_train.train.trainer", "cal_train.testing"]
+PRELOAD = ["torch", "deepspeed", "peft", "cal_train.train.trainer", "cal_train.testing"]
 
 
 def in_fresh_process(function: Callable[..., T], *arguments: object) -> T:

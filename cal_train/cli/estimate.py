@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, PreTrainedConfig
@@ -24,6 +23,7 @@ from cal_train.models.flops import Work, peak_flops
 from cal_train.train.estimate import ENGINES, Estimate, Setting, estimate
 from cal_train.train.run import weighting_of
 from cal_train.train.stored_scores import score_files
+from cal_train.train.yaml_files import read_mapping
 
 TAKES_OPTIONS = True
 
@@ -69,7 +69,7 @@ def launch(args: argparse.Namespace) -> tuple[str, int]:
         return args.engine or "ddp", 8 if args.gpus is None else args.gpus
     if args.engine is not None:
         raise ValueError("give --config_file or --engine, not both")
-    settings = _read_mapping(Path(args.config_file))
+    settings = _launcher_file(Path(args.config_file))
     num_devices = int(settings.get("num_processes", 8)) if args.gpus is None else args.gpus
     kind = settings.get("distributed_type")
     if kind in ("NO", "MULTI_GPU", "MULTI_CPU"):
@@ -77,19 +77,16 @@ def launch(args: argparse.Namespace) -> tuple[str, int]:
     if kind != "DEEPSPEED":
         raise ValueError(f"{args.config_file}: distributed_type {kind} is not estimated, use --engine")
     file = settings.get("deepspeed_config", {}).get("deepspeed_config_file", "")
-    zero = _read_mapping(Path(file)).get("zero_optimization", {})
+    zero = _launcher_file(Path(file)).get("zero_optimization", {})
     stage = zero.get("stage", 0)
     offloads = "offload_param" in zero and "offload_optimizer" in zero
     return {0: "ddp", 1: "zero1", 2: "zero2"}.get(stage, "zero3_offload" if offloads else "zero3"), num_devices
 
 
-def _read_mapping(file: Path) -> dict[str, Any]:
+def _launcher_file(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise ValueError(f"no launcher settings at {file}: start from the folder that the launch line starts from")
-    values = yaml.safe_load(file.read_text(encoding="utf-8"))  # JSON is YAML
-    if not isinstance(values, dict):
-        raise ValueError(f"{file} is not a mapping of settings")
-    return values
+    return read_mapping(file)
 
 
 def load_config(folder: str) -> PreTrainedConfig:

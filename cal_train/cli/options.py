@@ -5,16 +5,14 @@ import difflib
 import json
 import shlex
 import sys
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
 from transformers import HfArgumentParser
 
-_MOST_YAML_NODES = 100_000
+from cal_train.train.yaml_files import load_yaml, read_mapping
 
 NEEDS_GPU = ("bf16", "fp16", "tf32", "deepspeed", "fsdp")
 """Options that `TrainingArguments` refuses on a machine without a GPU."""
@@ -69,52 +67,8 @@ def read_yaml(options: OptionSet, path: str | Path) -> dict[str, Any]:
     """Return the keys of a recipe file under their own names."""
     if not Path(path).is_file():
         raise ValueError(f"no recipe at {path}")
-    try:
-        values = load_yaml(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, a day such as 2001-99-99
-        raise ValueError(f"{path} is not valid YAML: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must be a mapping of option names to values, not a {type(values).__name__}")
+    values = read_mapping(Path(path))
     return {canonical_name(options, str(key), str(path)): value for key, value in values.items()}
-
-
-def load_yaml(text: str) -> Any:
-    """Return the value of a YAML text, with plain types only.
-
-    Raises:
-        yaml.YAMLError: If it is not YAML, names a key twice (one would be lost), or is very large with its aliases
-            written out: a few lines of aliases of aliases can stand for more than any memory holds.
-    """
-    loader = yaml.SafeLoader(text)
-    try:
-        node = loader.get_single_node()
-        if node is None:
-            return None
-        _count_nodes(node, {})
-        return loader.construct_document(node)
-    finally:
-        loader.dispose()
-
-
-def _count_nodes(node: yaml.Node, counted: dict[int, int | None]) -> int:
-    """Return the nodes below a node with aliases written out; ``counted`` holds None for nodes that are open."""
-    if id(node) in counted:
-        known = counted[id(node)]
-        if known is None:
-            raise yaml.YAMLError(f"a value contains itself{node.start_mark}")
-        return known
-    counted[id(node)] = None
-    children: list[yaml.Node] = list(node.value) if isinstance(node, yaml.SequenceNode) else []
-    if isinstance(node, yaml.MappingNode):
-        keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
-        if twice := [key for key, count in keys.items() if count > 1]:
-            raise yaml.YAMLError(f"{twice[0]!r} is set twice{node.start_mark}")
-        children = [child for pair in node.value for child in pair]
-    total = 1 + sum(_count_nodes(child, counted) for child in children)
-    if total > _MOST_YAML_NODES:
-        raise yaml.YAMLError(f"more than {_MOST_YAML_NODES} values, aliases written out{node.start_mark}")
-    counted[id(node)] = total
-    return total
 
 
 def parse_overrides(options: OptionSet, arguments: Sequence[str]) -> dict[str, Any]:
@@ -139,7 +93,7 @@ def parse_overrides(options: OptionSet, arguments: Sequence[str]) -> dict[str, A
 def _structured(key: str, value: str) -> Any:
     try:
         return load_yaml(value)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ValueError(f"--{key} {value} is not a list or mapping in YAML's notation: {error}") from None
 
 

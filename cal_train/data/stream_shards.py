@@ -141,7 +141,9 @@ def read_shard(
                     break
                 if row >= start and members["__key__"] in oversized:
                     problem = f"the members of the row are above {_MOST_ROW_BYTES} bytes"
-                    yield Problem(str(shard), row, members["__key__"], problem, "Write the shard with smaller images")
+                    yield Problem(
+                        str(shard), row, str(members["__key__"]), problem, "Write the shard with smaller images"
+                    )
                 elif row >= start:
                     yield make(members, shard, row)
                 row += 1

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import safe_globals
 
-from cal_train.folders import check_shards, from_folder
+from cal_train.folders import check_files, check_shards, from_folder
 from cal_train.train.safe_save import complete_checkpoints, incomplete_because, settle_partials, step_of
 
 logger = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ def load_weights_strictly(model: PreTrainedModel, folder: str | Path) -> None:
 
 
 def resolve_resume(resume_from_checkpoint: str | None, output_dir: str | Path, is_main_process: bool) -> str | None:
-    """Return the checkpoint folder to resume from, checked: complete, no pickle that runs code, no shard outside.
+    """Return the checkpoint folder to resume from, checked: complete, no pickle that runs code, no file outside.
 
     Args:
         resume_from_checkpoint: A folder; ``latest`` for the complete checkpoint of the highest step in ``output_dir``;
@@ -74,6 +74,7 @@ def resolve_resume(resume_from_checkpoint: str | None, output_dir: str | Path, i
         if not complete:
             raise ValueError(f"resume_from_checkpoint=latest, but {output_dir} holds no complete checkpoint-N folder")
         checkpoint = complete[-1]
+    check_files(checkpoint)
     check_shards(checkpoint)
     check_pickles(checkpoint)
     check_state(checkpoint)
@@ -112,7 +113,7 @@ def check_pickles(checkpoint: Path) -> None:
     """
     pointer = checkpoint / "latest"  # DeepSpeed reads the files of the folder that this names
     if pointer.is_file():
-        tag = pointer.read_text(encoding="utf-8").strip()
+        tag = pointer.read_text(encoding="utf-8", errors="replace").strip()
         if tag == ".." or Path(tag).name != tag or (checkpoint / tag).is_symlink():
             raise ValueError(f"{pointer} points to {tag!r}, which lies elsewhere: do not use this folder")
     files = sorted(path for end in ("*.pt", "*.pth", "*.bin") for path in checkpoint.rglob(end))

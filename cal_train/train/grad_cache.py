@@ -16,7 +16,7 @@ Differs from Gao et al. 2021, arXiv:2101.06983: terms within samples, parameters
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -140,7 +140,7 @@ def loss_of_chunks(model: TowerModel, chunks: list[Chunk], ranks: Ranks) -> tupl
 
 
 def surrogate(
-    model: TowerModel, chunk: Chunk, cached: Mapping[int, Tensor], own: list[tuple[Tensor, Tensor]]
+    model: TowerModel, chunk: Chunk, cached: Mapping[int, Tensor], own: Sequence[tuple[Tensor, Tensor]]
 ) -> Tensor:
     """Return the scalar whose gradient is the chunk's share of the whole gradient."""
     images, texts, terms, _ = encode_pairs(model, chunk.batch)

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 import cal_train
+from cal_train.folders import read_object
+from cal_train.train.yaml_files import read_mapping
 
 PACKAGES = (
     "torch",
@@ -58,11 +59,15 @@ RECORDS = ("recipe.yaml", "environment.json")
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """Return what both files of a run folder or checkpoint say; empty if one is missing."""
+    """Return what both files of a run folder or checkpoint say; empty if one is missing.
+
+    Raises:
+        ValueError: If one of them is not what a run writes; names the file.
+    """
     recipe, facts = (folder / name for name in RECORDS)
     if not (recipe.is_file() and facts.is_file()):
         return {}
-    return yaml.safe_load(recipe.read_text(encoding="utf-8")) | json.loads(facts.read_text(encoding="utf-8"))
+    return read_mapping(recipe) | read_object(facts)
 
 
 def git_commit() -> str:

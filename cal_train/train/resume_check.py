@@ -4,16 +4,17 @@ Otherwise the Trainer goes on without a word: with another batch size from anoth
 ``max_steps`` on another learning-rate schedule, with another engine without the optimizer's state.
 """
 
+import dataclasses
 import logging
 import math
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
 
-from cal_train.conf import CalArguments, DataArguments, ModelArguments, VlmTrainingArguments
+from cal_train.conf import CalArguments, DataArguments, ModelArguments
 from cal_train.data.sources import training_sources
 from cal_train.data.stream_files import source_files
 from cal_train.train.provenance import RECORDS, read_record
@@ -21,9 +22,12 @@ from cal_train.train.provenance import RECORDS, read_record
 logger = logging.getLogger(__name__)
 
 FREE = frozenset(
-    "attn_implementation max_bad_samples eval_data_path vision_feature_cache bnb_4bit_compute_dtype".split()
+    "attn_implementation max_bad_samples eval_data_path vision_feature_cache bnb_4bit_compute_dtype "
+    "grad_cache_chunk batch_timeout_s".split()
 )
 """Options of model and data that change nothing that is computed, save rounding, or only what is evaluated."""
+
+VLM_GROUPS = (ModelArguments, DataArguments, CalArguments)
 
 TRAINING = (
     "learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps warmup_ratio weight_decay max_grad_norm optim "
@@ -39,10 +43,14 @@ SCHEDULES_WITHOUT_END = ("constant", "constant_with_warmup", "inverse_sqrt")
 """Learning rates that do not depend on how long the run is to be: it may be made longer or shorter at any time."""
 
 
-def facts_to_compare(args: TrainingArguments, data: DataArguments) -> dict[str, Any]:
-    """Return what is compared besides options: ranks, engine, and the size in bytes of every data file."""
+def data_files(data: DataArguments) -> list[Path]:
+    """Return the files that a recipe trains on."""
     paths = [str(source.path) for source in training_sources(data)]
-    files = [file for path in paths for file in (source_files(path) if data.streaming else [Path(path)])]
+    return [file for path in paths for file in (source_files(path) if data.streaming else [Path(path)])]
+
+
+def facts_to_compare(args: TrainingArguments, files: Sequence[Path]) -> dict[str, Any]:
+    """Return what is compared besides options: ranks, engine, and the size in bytes of every data file."""
     plugin = args.deepspeed_plugin
     engine = "FSDP" if args.fsdp_plugin_args else "DDP" if plugin is None else f"DeepSpeed ZeRO-{plugin.zero_stage}"
     return {
@@ -52,27 +60,30 @@ def facts_to_compare(args: TrainingArguments, data: DataArguments) -> dict[str, 
     }
 
 
-def check_same_run(checkpoint: str, now: Mapping[str, Any], args: VlmTrainingArguments) -> None:
+def check_same_run(
+    checkpoint: str, now: Mapping[str, Any], resume_changes: Sequence[str] | None, groups: Sequence[type] = VLM_GROUPS
+) -> None:
     """Compare a checkpoint's record with the options of the run that is to go on from it.
 
     Args:
         checkpoint: Its folder.
         now: Options of the run (`cal_train.train.run_folder.resolved`) and `facts_to_compare`.
-        args: Says which options may differ.
+        resume_changes: Options that may differ.
+        groups: Dataclasses of the options that are compared besides those of `TRAINING` and `BATCH`.
 
     Raises:
         ValueError: If others differ, naming all of them, or an option that may differ is none.
     """
-    allowed = set(args.resume_changes or ())
-    if unknown := sorted(allowed - set(compared(now))):
+    allowed, names = set(resume_changes or ()), compared(now, groups)
+    if unknown := sorted(allowed - set(names)):
         raise ValueError(
-            f"resume_changes: {', '.join(unknown)} is not compared on resume; these are: {', '.join(compared(now))}"
+            f"resume_changes: {', '.join(unknown)} is not compared on resume; these are: {', '.join(names)}"
         )
     before = read_record(Path(checkpoint))
     if not before:
         logger.warning("%s holds no %s: its options are not compared with those of this run", checkpoint, RECORDS[0])
         return
-    differing = [name for name in compared(now) if name in before and before[name] != now[name]]
+    differing = [name for name in names if name in before and before[name] != now[name]]
     refused, tolerated = [], []
     for name in differing:
         is_fine = name in allowed or _is_harmless(name, before, now)
@@ -87,14 +98,9 @@ def check_same_run(checkpoint: str, now: Mapping[str, Any], args: VlmTrainingArg
         logger.warning("resuming with a change: %s; the run will not end as it would have", text)
 
 
-def compared(now: Mapping[str, Any]) -> list[str]:
+def compared(now: Mapping[str, Any], groups: Sequence[type]) -> list[str]:
     """Return the names of the options and facts that are compared."""
-    own = [
-        name
-        for group in (ModelArguments, DataArguments, CalArguments)
-        for name in group.__dataclass_fields__
-        if name not in FREE
-    ]
+    own = [field.name for group in groups for field in dataclasses.fields(group) if field.name not in FREE]
     return [name for name in (*own, *TRAINING, *BATCH, "engine", "data_files") if name in now]
 
 
@@ -102,8 +108,11 @@ def _is_harmless(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -
     if name in LENGTH:
         return now["lr_scheduler_type"] in SCHEDULES_WITHOUT_END
     if name in BATCH:  # the same rows per step, dealt out otherwise
-        same_rows = math.prod(before[part] for part in BATCH) == math.prod(now[part] for part in BATCH)
-        return same_rows and now["engine"] == before.get("engine") == "DDP" and now["loss_normalizer"] != "micro_batch"
+        sizes: list[Any] = [before.get(part) for part in BATCH]
+        is_known = all(isinstance(size, int) for size in sizes)
+        same_rows = is_known and math.prod(sizes) == math.prod(now[part] for part in BATCH)
+        is_ddp = now["engine"] == before.get("engine") == "DDP"
+        return same_rows and is_ddp and now.get("loss_normalizer") != "micro_batch"
     return False
 
 

@@ -34,7 +34,7 @@ from cal_train.models.tower import require_hidden_state
 from cal_train.models.vocabulary import stop_token_ids
 from cal_train.train.batches import check_same_rows
 from cal_train.train.engines import NOTHING_ASKED, Asked, check_engine, check_ranks, keep_layer_names, keep_names
-from cal_train.train.resume_check import check_same_run, facts_to_compare
+from cal_train.train.resume_check import check_same_run, data_files, facts_to_compare
 from cal_train.train.run_data import TrainingRows, cache_features, go_on, pack_tokens, rows_per_step, training_rows
 from cal_train.train.run_folder import (
     checkpoint_to_resume,
@@ -65,9 +65,10 @@ def train(recipe: Recipe, asked: Asked = NOTHING_ASKED, evaluate_checkpoint: Eva
     set_up_logging(recipe.training)
     check_ranks(asked, recipe.training)
     resume = checkpoint_to_resume(recipe.training)
-    facts = facts_to_compare(recipe.training, recipe.data)
+    facts = facts_to_compare(recipe.training, data_files(recipe.data))
     if resume is not None:
-        check_same_run(resume, resolved(recipe.training, option_groups(recipe)) | facts, recipe.training)
+        now = resolved(recipe.training, option_groups(recipe)) | facts
+        check_same_run(resume, now, recipe.training.resume_changes)
     weighting = weighting_of(recipe.cal)
     set_seed(recipe.training.seed)
     if not torch.cuda.is_available():

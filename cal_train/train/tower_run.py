@@ -14,14 +14,17 @@ from cal_train.data.images import ImageLimits
 from cal_train.data.pair_batches import BatchMaker, CaptionEncoder, pair_stream
 from cal_train.data.pair_images import training_transform
 from cal_train.data.pairs import PairOptions, pair_sources
+from cal_train.data.stream_files import source_files
 from cal_train.data.stream_loader import StreamLoader
 from cal_train.data.stream_plan import Share
 from cal_train.objectives.families import build_objective
 from cal_train.train.engines import NOTHING_ASKED, Asked, check_engine, check_ranks
+from cal_train.train.resume_check import check_same_run, facts_to_compare
 from cal_train.train.run_folder import (
     checkpoint_to_resume,
     data_seed,
     output_folder,
+    resolved,
     set_up_logging,
     train_until_stopped,
     write_record,
@@ -73,11 +76,15 @@ def train_towers(
         towers = build_towers(recipe.towers, tokenizer)
     processors = Processors(image_processor_of(recipe.towers, towers), tokenizer)
     options = objective_options(recipe.towers, batch_of_all_ranks(args))
+    groups, facts = [recipe.towers, recipe.data, recipe.evaluation], facts_of(recipe, options)
+    if resume is not None:
+        now = resolved(args, groups) | facts
+        check_same_run(resume, now, args.resume_changes, (TowerArguments, PairOptions))
     objective = build_objective(recipe.towers.objective, towers.shape, options)
     model = TowerModel(towers, cast(Any, objective))
     loader = build_loader(recipe.data, args, processors, towers.shape.context_length)
     evaluation = make_evaluation(processors, towers.shape.context_length) if make_evaluation is not None else None
-    write_record(args, [recipe.towers, recipe.data, recipe.evaluation], {"objective_options": options})
+    write_record(args, groups, facts)
 
     trainer = TowerTrainer(
         model=model,
@@ -97,6 +104,12 @@ def train_towers(
     trainer.save_state()
     report_end(trainer, recipe)
     return output_folder(args)
+
+
+def facts_of(recipe: TowerRecipe, objective_options: dict[str, Any]) -> dict[str, Any]:
+    """Return what is recorded, and compared on resume, besides the options as they are given."""
+    files = [file for source in pair_sources(recipe.data) for file in source_files(source.path)]
+    return facts_to_compare(recipe.training, files) | {"objective_options": objective_options}
 
 
 def set_batch_size(args: TowerTrainingArguments, towers: TowerArguments) -> None:

@@ -35,8 +35,8 @@ class Outcome:
 class Attacker:
     """Runs verbs in children of one server, and checks of each what must hold for any input."""
 
-    def __init__(self, world, folder):
-        self.world, self.folder = world, folder
+    def __init__(self, folder):
+        self.folder, self.world = folder, None
         environment = {
             **os.environ,
             **{name: str(folder / "caches") for name in ("HF_HOME", "TMPDIR", "XDG_CACHE_HOME")},
@@ -105,9 +105,10 @@ def world(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def attack(world, tmp_path_factory):
+def attack(request, tmp_path_factory):
     """``attack(verb, *arguments)`` and ``attack.refused(verb, *arguments, names=...)``, see `Attacker`."""
-    attacker = Attacker(world, tmp_path_factory.mktemp("server"))
+    attacker = Attacker(tmp_path_factory.mktemp("server"))
     with attacker.server:  # its end closes the server's standard input, which ends the server
+        attacker.world = request.getfixturevalue("world")  # made while the server imports
         assert attacker.answer() == "ready"
         yield attacker

@@ -6,6 +6,7 @@
 import io
 import struct
 import zlib
+from functools import cache
 
 import numpy as np
 from PIL import Image
@@ -33,15 +34,16 @@ def png(width, height, data=b"", depth=8, colour=2, extra=b"", interlace=0):
     return b"\x89PNG\r\n\x1a\n" + header + extra + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
 
 
+@cache
 def zeros(num_bytes):
     """Return a zlib stream of that many zeros, made without holding them."""
-    packer, block = zlib.compressobj(9), bytes(2**20)
+    packer, block = zlib.compressobj(1), bytes(2**20)
     pieces = [packer.compress(block) for _ in range(num_bytes // 2**20)]
     return b"".join([*pieces, packer.flush()])
 
 
 def bomb_png():
-    """Return a PNG of 30 KB and 25,000 x 10,000 pixels that decodes without an error."""
+    """Return a PNG of little more than 100 KB and 25,000 x 10,000 pixels that decodes without an error."""
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", 25_000, 10_000, 1, 0, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zeros(3126 * 10_000)) + chunk(b"IEND", b"")
 
@@ -180,7 +182,7 @@ IMAGES = {
     "bmp": ("a.bmp", lambda: encoded(format="BMP"), KEPT),
     "bmp of negative width": ("a.bmp", lambda: bmp(-8, 8), DROPPED),
     "bmp of 2^31 rows": ("a.bmp", lambda: bmp(8, -(2**31)), DROPPED),
-    "bmp with endless runs": ("a.bmp", lambda: bmp(9000, 9000, 8, 1, b"\0\x02\xff\xff" * 4000), KEPT),
+    "bmp with endless runs": ("a.bmp", lambda: bmp(2000, 2000, 8, 1, b"\0\x02\xff\xff" * 4000), KEPT),
     "ppm": ("a.ppm", lambda: encoded(format="PPM"), KEPT),
     "ppm with a huge header": ("a.ppm", lambda: b"P6 99999 99999 255\n", DROPPED),
     "ppm with a number without end": ("a.ppm", lambda: b"P6 " + b"9" * 100_000, DROPPED),

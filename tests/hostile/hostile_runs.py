@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from hostile_folders import field, link, pipe, text
+from hostile_recipes import laughs
 
 
 class Touch:
@@ -102,6 +103,24 @@ CHECKPOINTS = {
     "marker: nested": text("complete.json", "[" * 100_000),
     "weights: cut": cut("model.safetensors", 50_000),
     "weights: empty": text("model.safetensors", ""),
+    "weights: link outside": link("model.safetensors", "model.safetensors"),
+    "marker: file with a long name": field("complete.json", "files", value={"a" * 5000: 1}),
+    "marker: file of text": field("complete.json", "files", value="all"),
+    "marker: file outside": field("complete.json", "files", value={"../../outside/secret.txt": 1}),
+    "recipe: list": text("recipe.yaml", "- a\n"),
+    "recipe: not yaml": text("recipe.yaml", "a: [1"),
+    "recipe: not utf-8": text("recipe.yaml", b"a: \xff"),
+    "recipe: nested": text("recipe.yaml", "a: " + "[" * 100_000),
+    "recipe: billion laughs": text("recipe.yaml", laughs(10, "learning_rate")),
+    "recipe: python object": text("recipe.yaml", "seed: !!python/object/apply:os.system [touch canary]\n"),
+    "recipe: batch of text": text("recipe.yaml", "per_device_train_batch_size: many\n"),
+    "recipe: link outside": link("recipe.yaml", "secret.txt"),
+    "facts: list": text("environment.json", "[]"),
+    "facts: nested": text("environment.json", "[" * 100_000),
+    "facts: files of text": field("environment.json", "data_files", value="all"),
+    "facts: link outside": link("environment.json", "secret.json"),
+    "pointer: outside": text("latest", "../outside"),
+    "pointer: not utf-8": text("latest", b"\xff/\xfe"),
 }
 
 NOTE = "scores.jsonl.about.json"

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -122,16 +121,15 @@ def test_ranks_engine_and_data_are_compared_too(tmp_path, before, now, named):
     facts = {name: value for name, value in before.items() if name in ("world_size", "engine", "data_files")}
     record(tmp_path, VALUES | {k: v for k, v in before.items() if k not in facts}, **facts)
     current = {**VALUES, "world_size": 1, "engine": "DDP", "data_files": {"a.json": 7}} | now
-    args = SimpleNamespace(resume_changes=None)
     if named is None:
-        check_same_run(str(tmp_path), current, args)
+        check_same_run(str(tmp_path), current, None)
     else:
         with pytest.raises(ValueError, match=f"{named} was "):
-            check_same_run(str(tmp_path), current, args)
+            check_same_run(str(tmp_path), current, None)
         check_same_run(
             str(tmp_path),
             current,
-            SimpleNamespace(resume_changes=[named, "world_size", "gradient_accumulation_steps", "max_steps"]),
+            [named, "world_size", "gradient_accumulation_steps", "max_steps"],
         )
 
 
@@ -139,10 +137,9 @@ def test_another_batch_is_refused_where_the_record_is_too_old_to_name_the_engine
     current = record(tmp_path, VALUES, world_size=2)
     facts = json.loads((tmp_path / "environment.json").read_text())
     (tmp_path / "environment.json").write_text(json.dumps({"world_size": facts["world_size"]}))
-    args = SimpleNamespace(resume_changes=None)
-    check_same_run(str(tmp_path), current, args)
+    check_same_run(str(tmp_path), current, None)
     with pytest.raises(ValueError, match="world_size was 2 and is 1"):
-        check_same_run(str(tmp_path), current | {"world_size": 1, "gradient_accumulation_steps": 4}, args)
+        check_same_run(str(tmp_path), current | {"world_size": 1, "gradient_accumulation_steps": 4}, None)
 
 
 def test_of_thousands_of_data_files_those_that_differ_are_named(tmp_path):
@@ -152,15 +149,15 @@ def test_of_thousands_of_data_files_those_that_differ_are_named(tmp_path):
     with pytest.raises(
         ValueError, match=r"data_files was {'shards/04711.tar': 10000} and is {'shards/04711.tar': 9999}"
     ):
-        check_same_run(str(tmp_path), changed, SimpleNamespace(resume_changes=None))
+        check_same_run(str(tmp_path), changed, None)
     with pytest.raises(ValueError, match="data_files was ") as refused:
-        check_same_run(str(tmp_path), current | {"data_files": {"other.tar": 1}}, SimpleNamespace(resume_changes=None))
+        check_same_run(str(tmp_path), current | {"data_files": {"other.tar": 1}}, None)
     assert len(str(refused.value)) < 800
 
 
 def test_a_misspelt_change_is_refused(tmp_path):
     with pytest.raises(ValueError, match="resume_changes: max_step is not compared"):
-        check_same_run(str(tmp_path), VALUES, SimpleNamespace(resume_changes=["max_step"]))
+        check_same_run(str(tmp_path), VALUES, ["max_step"])
 
 
 def test_a_checkpoint_without_a_record_is_resumed_with_a_warning(tiny_run, first, tmp_path, caplog):

@@ -123,8 +123,11 @@ def test_a_checkpoint_of_another_objective_or_with_a_missing_weight_is_refused(r
     straight = run("--max_steps", "1", "--save_steps", "1", "--save_strategy", "steps")
     checkpoint = straight / "checkpoint-1"
     resume = ("--resume_from_checkpoint", str(checkpoint))
+    for changed in (("--objective", "siglip"), ("--learning_rate", "0.5"), ("--patch_dropout", "0.5")):
+        with pytest.raises(ValueError, match=f"{changed[0][2:]} was .* and is .*resume_changes"):
+            run(*resume, *changed)
     with pytest.raises(ValueError, match="objective 'clip', the recipe says 'siglip'"):
-        run(*resume, "--objective", "siglip")
+        run(*resume, "--objective", "siglip", "--resume_changes", '["objective", "objective_options"]')
     weights = load_file(checkpoint / "objective.safetensors")
     del weights["log_scale"]
     save_file(weights, checkpoint / "objective.safetensors")

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
+from cal_train.train.yaml_files import read_mapping
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,7 @@ def load_suite(path: str | Path) -> Suite:
     if not path.is_file():
         there = sorted(str(near) for near in path.parent.glob("*.yaml"))
         raise ValueError(f"no suite at {path}" + (f": there are {', '.join(there)}" if there else ""))
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must be a mapping with the key tasks, not a {type(values).__name__}")
+    values = read_mapping(path)
     known = [f.name for f in fields(Suite) if f.name != "name"]
     if unknown := [str(key) for key in values if key not in known]:
         raise ValueError(f"{path}: unknown key {unknown[0]!r}: {nearest(unknown[0], known)}")

@@ -1,6 +1,7 @@
 """Everything that the maps of one sample need, from its images and the token ids that were scored."""
 
 from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 import torch
@@ -51,7 +52,7 @@ def sample_sight(
     embeds_1SD = embed(model, ids_1S, on_device, is_image_1S, StepOptions(Head()))
     queries_N = torch.as_tensor(positions, device=model.device) - 1
     attention_NM = attention_to_image(model, embeds_1SD, queries_N, is_image_1S[0].nonzero()[:, 0], layers)
-    table_VD = model.get_input_embeddings().weight
+    table_VD = cast(torch.Tensor, model.get_input_embeddings().weight)
     tokenizer = processor.tokenizer
     rows_M, cosines_M = nearest_rows(embeds_1SD[is_image_1S], table_VD, word_rows(tokenizer, len(table_VD)))
     return SampleSight(
