@@ -20,7 +20,7 @@ PYTEST := $(TEST_ENV) $(RUN) -P -m pytest
 .DEFAULT_GOAL := help
 .PHONY: demo demo-long demo-towers test test-all lint bench clean help
 
-demo: $(STAMP) ## Train a small real model with and without CAL on real images, evaluate both, report (about 15 minutes)
+demo: $(STAMP) ## Train a small real model with and without CAL on real images, evaluate both by lmms-eval, report (20 to 30 minutes)
 	$(RUN) -m cal_train demo
 
 demo-long: $(STAMP) ## The same with a 135M language model and three seeds (hours)

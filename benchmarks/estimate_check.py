@@ -1,8 +1,8 @@
 """Is `cal-train estimate` right? Its memory against the measured peak of a process that trains the model on the CPU.
 
-Each case builds a model in a fresh process and runs two optimizer steps with AdamW in float32; the peak of the process
-above its size after imports is compared with the sum that is estimated. The process also holds temporary results and
-what the allocator keeps, which the estimate leaves out.
+Each case builds a model in a fresh process and runs two optimizer steps with CAL and AdamW in float32; the peak of the
+process above its size after a warm-up of toy size is compared with the sum that is estimated. Freed memory is given
+back to the system at once, so that the peak is what is in use and not what glibc keeps for later.
 
     python benchmarks/estimate_check.py [--small] [--out FOLDER]
 """
@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from bench.memory import in_fresh_process, peak_growth
+from bench.memory import give_back_at_once, in_fresh_process, peak_growth
 from bench.record import RESULTS, Result, circumstances, print_result, write_results
 from bench.steps import Case, Shape, Size, make_batch
 
@@ -90,6 +90,7 @@ def train_two_steps(run: Run, size: Size) -> None:
 def measured_peak(run: Run, size: Size) -> int:
     """Return the peak of the process in bytes, above its size before."""
     torch.set_num_threads(1)
+    give_back_at_once()
     train_two_steps(replace(run, num_rows=1), TOY)  # libraries that are imported when first used are no part of a run
     gc.collect()
     return peak_growth(lambda: train_two_steps(run, size))
@@ -120,7 +121,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         data.append({**asdict(run), "measured": peak, "estimated": expected.total, "parts": expected.parts})
         ratio = expected.total / peak
         rows.append([run.name, f"{expected.total / MIB:.0f}", f"{peak / MIB:.0f}", f"{ratio:.2f}"])
-    result = Result("Memory of a training process", ["run", "estimated MiB", "measured MiB", "ratio"], rows)
+    result = Result(
+        "Memory in use by a training process, CAL on", ["run", "estimated MiB", "measured MiB", "ratio"], rows
+    )
     print_result(result)
     out = options.out or (None if options.small else RESULTS)
     if out is not None:

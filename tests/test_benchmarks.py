@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -140,16 +141,35 @@ def test_packing_prints_every_layout_and_writes_what_it_measured(tmp_path):
 
 
 @pytest.mark.slow
-def test_estimate_check_compares_every_run_with_a_measured_peak(tmp_path):
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="elsewhere freed memory is not given back at once")
+def test_estimates_lie_between_0_9_and_1_35_of_the_memory_that_processes_use(tmp_path):
+    """Full, with checkpointing, LoRA and projector only, all with CAL; the oracle is the system's own peak."""
     printed = run_small("estimate_check", tmp_path)
     for name in ("full", "checkpointing", "LoRA", "projector only"):
         assert name in printed, name
     written = json.loads((tmp_path / "estimate_check.json").read_text(encoding="utf-8"))
     for run in written["data"]:
         assert run["estimated"] == pytest.approx(sum(run["parts"].values()))
-        assert run["estimated"] < 1.1 * run["measured"], run["name"]  # a toy's process holds much that is no model
+        assert 0.9 < run["estimated"] / run["measured"] < 1.35, run["name"]
     full, more_rows, *_ = written["data"]
     assert more_rows["measured"] > full["measured"] and more_rows["estimated"] > full["estimated"]
+
+
+@pytest.mark.slow
+def test_the_table_of_recipes_holds_what_a_calculation_by_hand_gives(tmp_path):
+    command = [sys.executable, str(ROOT / "benchmarks" / "recipe_table.py"), "--small", "--gpus", "8", "64"]
+    done = subprocess.run([*command, "--out", str(tmp_path / "table.md")], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Estimated, not measured" in done.stdout
+    rows = {(row[0], row[2]): row for row in markdown_rows(tmp_path / "table.md")[2:]}
+    llava, spread = rows["llava15_7b/finetune", "8"], rows["llava15_7b/finetune", "64"]
+    assert llava[1] == "zero3" and llava[3:5] == ["16", "726"] and llava[6] == "2048"  # 576 + 150
+    assert rows["llava_next_7b/finetune", "8"][4] == "3078"  # 2,928 + 150: all tiles
+    # 6.76 G trained weights: 2 bytes of weight, 2 of gradient and 12 of state are split (arXiv:1910.02054, section 3)
+    assert float(llava[5]) - float(spread[5]) == pytest.approx(16 * 6.76e9 * (1 / 8 - 1 / 64) / 2**30, rel=0.02)
+    # forward and backward, two operations per weight, 6.48 G weights without embedding and head, 16 x 726 tokens
+    assert float(llava[8]) == pytest.approx(6 * 6.48e9 * 16 * 726 / 1e12, rel=0.15)  # attention, head and tower besides
+    assert float(llava[9]) == pytest.approx(1.07, abs=0.011)  # 1 + 150 / 726 / 3
 
 
 def test_rows_about_the_demo_scenes_are_merged_as_llava_merges_them(monkeypatch):

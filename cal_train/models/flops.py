@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
@@ -125,9 +124,9 @@ def flop_rates(model: nn.Module, vision_flops: float, ablation: Literal["remove"
 
 
 def count_vision_flops(config: PreTrainedConfig) -> float:
-    """Return the operations of one image (or tile) through the vision tower, by PyTorch's counter on fake tensors."""
+    """Return the operations of one image (or tile) through the vision tower, by PyTorch's counter on shapes alone."""
     # no_init_weights: truncated normals (DINOv2) are drawn until they fit, which needs values
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), no_init_weights():
+    with torch.device("meta"), torch.no_grad(), no_init_weights():
         # the counter does not see the CPU's fused attention
         model = AutoModelForImageTextToText.from_config(_shallow(config), attn_implementation="eager").eval()
         with FlopCounterMode(display=False) as counter:

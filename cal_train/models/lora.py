@@ -164,7 +164,7 @@ def _wrap(model: PreTrainedModel, adapter: Path, base: Path) -> PeftModel:
     """
     file = adapter / "adapter_config.json"
     raw = read_object(file)
-    for name in ("layer_replication", "megatron_config", "auto_mapping"):  # more layers, imports of any module
+    for name in ("layer_replication", "megatron_config"):  # more layers, imports of any module
         if raw.get(name):
             raise ValueError(f"{file}: {name} {raw[name]!r} is not of an adapter that can be merged here")
     rank = raw.get("r")

@@ -1,7 +1,10 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaNextConfig
 
+from cal_train.cli.estimate import largest_image
 from cal_train.cli.main import main
 from cal_train.models.flops import Work, count_vision_flops, meta_model, model_flops, peak_flops
 from cal_train.models.parts import freeze
@@ -80,6 +83,18 @@ def test_a_recipe_is_estimated_without_weights_and_its_data_is_measured(recipe, 
         assert words in printed, words
     assert main(["estimate", str(recipe), "--gpus", "2", "--gpu_memory_gib", "0.00001"]) == 1
     assert "does not fit" in capsys.readouterr().out
+
+
+def test_without_data_an_image_is_assumed_to_have_all_its_tiles(tmp_path, llava_7b, capsys):
+    """Published counts: 576 (LLaVA-1.5), at most 2,928 (LLaVA-NeXT), 2,880 (Mini-Gemini-HD)."""
+    llava_next = LlavaNextConfig(vision_config=llava_7b.vision_config, text_config=llava_7b.text_config)
+    mgm = SimpleNamespace(vision_config=llava_7b.vision_config, image_grid=1)
+    assert [largest_image(llava_7b), largest_image(llava_next)] == [576, 2928]
+    assert [largest_image(mgm), largest_image(mgm, 2)] == [576, 2880]
+    vlm, path = write_tiny_vlm(tmp_path / "vlm", family="mgm"), tmp_path / "recipe.yaml"
+    path.write_text(f"model_name_or_path: {vlm}\ndata_path: nowhere.json\noutput_dir: {tmp_path / 'run'}\n")
+    assert main(["estimate", str(path)]) == 0
+    assert "assumed" in capsys.readouterr().out
 
 
 def test_wrong_arguments_are_refused(recipe, capsys):

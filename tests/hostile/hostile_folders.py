@@ -116,7 +116,7 @@ FOLDERS = {
     "header: shape too small": tensor(shape=[1]),
     "header: shape of text": tensor(shape=["a"]),
     "header: metadata of numbers": header(lambda tensors: tensors | {"__metadata__": {"format": 7}}),
-    "header: unknown format": header(lambda tensors: tensors | {"__metadata__": {"format": "exe"}}),
+    "header: metadata of a list": header(lambda tensors: tensors | {"__metadata__": []}),
     "index: parent": index("../model.safetensors"),
     "index: outside": index("OUTSIDE/model.safetensors"),
     "index: device": index("/dev/zero"),

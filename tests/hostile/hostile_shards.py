@@ -127,7 +127,7 @@ SHARDS = {
     "long names in a row": ("s.tar", lambda: shard(*[member("x", b"y\0", type=b"L")] * 3000, *rows(1)), None),
     "extended header of digits": ("s.tar", lambda: shard(extended(b"1", 2**20), *rows(1)), None),
     "extended header with a negative size": ("s.tar", lambda: shard(extended(record("size", -1024)), *rows(2)), None),
-    "extended header with no number": ("s.tar", lambda: shard(extended(record("size", "many")), *rows(1)), set()),
+    "extended header with no number": ("s.tar", lambda: shard(extended(record("size", "many")), *rows(1)), {0, 1}),
     "sparse member of a terabyte": (
         "s.tar",
         lambda: shard(

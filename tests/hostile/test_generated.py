@@ -96,7 +96,7 @@ def reader(world):
     root = world.folder("generated-rows") / "images"
     write_row_world(root, world.outside)
     options = DataArguments(data_path="unused", model_max_length=512)
-    processor = load_processor(world.model, options.template, options.image_aspect_ratio)
+    processor = load_processor(world.model, options.template, "pad")
     return SimpleNamespace(root=root.resolve(), encoder=build_encoder(options, processor), processor=processor)
 
 

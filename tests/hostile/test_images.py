@@ -7,12 +7,12 @@ from types import SimpleNamespace
 import pyarrow
 import pyarrow.parquet
 import pytest
-from hostile_images import IMAGES
+from hostile_images import IMAGES, bmp
 from hostile_rows import turns
 
 NAMES = list(IMAGES)
 DROPPED = {i for i, name in enumerate(NAMES) if not IMAGES[name][2]}
-LIMITS = {"max_mib": 1600, "max_seconds": 120}  # the largest image that is kept has 81 million pixels
+LIMITS = {"max_mib": 800, "max_seconds": 120}
 
 
 @pytest.fixture(scope="module")
@@ -70,3 +70,16 @@ def test_train_counts_every_dropped_image(attack, world, images):
     options = {"data_path": str(images.folder / "data.json"), "image_folder": str(images.root), "max_steps": -1}
     outcome = attack("train", world.recipe(folder, **options, max_bad_samples=len(DROPPED)), **LIMITS)
     assert outcome.code == 0 and f"{len(DROPPED)} bad rows were dropped on rank 0" in outcome.stderr
+
+
+@pytest.mark.slow
+def test_an_image_of_81_million_pixels_is_scored_in_bounded_memory(attack, world):
+    folder = world.folder("images-large")
+    (folder / "large.bmp").write_bytes(bmp(9000, 9000, 8, 1, b"\0\x02\xff\xff" * 4000))
+    row = {"id": "large", "image": "large.bmp", "conversations": turns()}
+    (folder / "data.json").write_text(json.dumps([row]))
+    outcome = attack(
+        "score", "--model", world.model, "--data", folder / "data.json", "--image_root", folder,
+        "--output", folder / "scores.jsonl", max_mib=1600,
+    )  # fmt: skip
+    assert outcome.code == 0 and len((folder / "scores.jsonl").read_text().splitlines()) == 1

@@ -6,7 +6,17 @@ import pytest
 from hostile_runs import ADAPTERS, CHECKPOINTS, ORIGINALS, SCORES
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-pytestmark = pytest.mark.slow
+FAST = {
+    "merge": ("config: imports a module", "weights: link outside"),
+    "resume": ("optimizer: torch pickle", "recipe: billion laughs", "state: nested"),
+    "scores": ("nested", "row of another"),
+    "convert": ("index: nul", "weights: pickle"),
+}
+
+
+def fast_some(cases, what):
+    """Return the names of cases, all but a few of them marked slow."""
+    return [pytest.param(name, marks=() if name in FAST[what] else pytest.mark.slow) for name in cases]
 
 
 def spoiled(world, kind, cases, name, source):
@@ -76,7 +86,7 @@ def original(attack, world):
     return folder / "flat"
 
 
-@pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.parametrize("name", fast_some(ADAPTERS, "merge"))
 def test_merge_refuses_the_adapter(attack, world, adapter, name):
     folder = spoiled(world, "adapter", ADAPTERS, name, adapter)
     base = () if "base" in name else ("--base", world.model)
@@ -85,7 +95,7 @@ def test_merge_refuses_the_adapter(attack, world, adapter, name):
     assert not output.exists()
 
 
-@pytest.mark.parametrize("name", CHECKPOINTS)
+@pytest.mark.parametrize("name", fast_some(CHECKPOINTS, "resume"))
 def test_train_refuses_to_resume(attack, world, checkpoint, name):
     folder = spoiled(world, "checkpoint", CHECKPOINTS, name, checkpoint)
     if not name.startswith("marker"):
@@ -103,14 +113,14 @@ def remark(checkpoint):
     mark_complete(checkpoint)
 
 
-@pytest.mark.parametrize("name", SCORES)
+@pytest.mark.parametrize("name", fast_some(SCORES, "scores"))
 def test_train_refuses_the_score_file(attack, world, scores, name):
     folder = spoiled(world, "scores", SCORES, name, scores)
     recipe = world.recipe(folder.parent, cal=True, cal_scores=str(folder / "scores.jsonl"))
     attack.refused("train", recipe, names=[folder], max_mib=800)
 
 
-@pytest.mark.parametrize("name", ORIGINALS)
+@pytest.mark.parametrize("name", fast_some(ORIGINALS, "convert"))
 def test_convert_refuses_the_original_folder(attack, world, original, name):
     folder = spoiled(world, "original", ORIGINALS, name, original)
     output = folder.parent / "output"

@@ -122,7 +122,7 @@ def test_a_resumed_run_does_not_read_what_was_trained_already(run, monkeypatch):
 def test_a_checkpoint_of_another_objective_or_with_a_missing_weight_is_refused(run):
     straight = run("--max_steps", "1", "--save_steps", "1", "--save_strategy", "steps")
     checkpoint = straight / "checkpoint-1"
-    resume = ("--resume_from_checkpoint", str(checkpoint))
+    resume = ("--resume_from_checkpoint", str(checkpoint), "--max_steps", "1")
     for changed in (("--objective", "siglip"), ("--learning_rate", "0.5"), ("--patch_dropout", "0.5")):
         with pytest.raises(ValueError, match=f"{changed[0][2:]} was .* and is .*resume_changes"):
             run(*resume, *changed)

@@ -105,7 +105,7 @@ def to_original(source: Path, output: Path, tower_name: str | None, aux_name: st
 def _read(source: Path, direction: str) -> tuple[Any, dict[str, Tensor], dict[str, str], Report]:
     """Return configuration, weights by their names in memory, checked, the names' origins, and a new report."""
     family = read_json(source / "config.json").get("model_type")
-    if family not in PARTS_OF:
+    if not isinstance(family, str) or family not in PARTS_OF:
         raise ValueError(f"{source / 'config.json'}: model_type {family!r} is not one of {', '.join(PARTS_OF)}")
     config: Any = from_folder(AutoConfig, source)
     report = Report(direction, family)
@@ -116,7 +116,7 @@ def _read(source: Path, direction: str) -> tuple[Any, dict[str, Tensor], dict[st
         report.dropped[name, "computed from the configuration"] += 1
     if config.tie_word_embeddings and drop_tied_head(tensors, str(source)):
         report.dropped[HEAD, "tied to the embedding"] += 1
-    check_state(tensors, weights_of(empty_model(config)), str(source))
+    check_state(tensors, weights_of(empty_model(config, source)), str(source))
     return config, tensors, renamed.origins, report
 
 

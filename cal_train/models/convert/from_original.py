@@ -71,7 +71,7 @@ def from_original(
     torch_dtype = tensors[EMBEDDING].dtype if dtype == "auto" else getattr(torch, dtype)
     tensors, report.num_converted = in_dtype(tensors, torch_dtype)
     config = _config(settings, tower, tensors, tokenizer, torch_dtype)
-    model = empty_model(config)
+    model = empty_model(config, source)
     config.architectures = [type(model).__name__]
     rules = original_rules(settings.family, settings.projector_type)
     check_state(tensors, weights_of(model), str(source), rules)
@@ -80,10 +80,17 @@ def from_original(
     return report
 
 
-def empty_model(config: PreTrainedConfig) -> Any:
-    """Return the model without memory for its weights."""
-    with torch.device("meta"):
-        return AutoModelForImageTextToText.from_config(config)
+def empty_model(config: PreTrainedConfig, source: Path) -> Any:
+    """Return the model without memory for its weights.
+
+    Raises:
+        ValueError: If there is no model of these numbers; names the folder that they are from.
+    """
+    try:
+        with torch.device("meta"):
+            return AutoModelForImageTextToText.from_config(config)
+    except Exception as error:  # of whatever kind the layer raises whose size is none
+        raise ValueError(f"{source / 'config.json'} describes no model ({type(error).__name__}): {error}") from error
 
 
 def weights_of(model: Any) -> dict[str, Tensor]:

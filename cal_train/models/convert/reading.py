@@ -84,7 +84,7 @@ def inside(folder: Path, name: object) -> Path:
     Raises:
         ValueError: If the name leads out of the folder (absolute, by ``..`` or by a link), or there is no such file.
     """
-    if not isinstance(name, str) or not (folder / name).resolve().is_relative_to(folder.resolve()):
+    if not isinstance(name, str) or "\0" in name or not (folder / name).resolve().is_relative_to(folder.resolve()):
         raise ValueError(
             f"{folder} names the file {name!r}, which lies outside the folder: put the files themselves into the folder"
         )
@@ -104,7 +104,7 @@ def _read_shards(folder: Path, index: str) -> dict[str, Tensor]:
     weight_map = read_json(inside(folder, index)).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{folder / index} has no weight_map")
-    files = [inside(folder, name) for name in dict.fromkeys(weight_map.values())]  # all checked before any is read
+    files = list(dict.fromkeys(inside(folder, name) for name in weight_map.values()))  # all, before any is read
     tensors: dict[str, Tensor] = {}
     for path in files:
         for name, tensor in read_tensors(path).items():

@@ -81,13 +81,13 @@ def read_settings(raw: Mapping[str, Any], where: str) -> Settings:
         ValueError: If it describes something that the Hugging Face classes cannot hold, naming field and value.
     """
     model_type, projector_type = raw.get("model_type"), raw.get("mm_projector_type", "linear")
-    if model_type not in LANGUAGE_MODELS:
+    if not isinstance(model_type, str) or model_type not in LANGUAGE_MODELS:
         raise ValueError(
             f"{where}: model_type {model_type!r} is not one that can be converted: {', '.join(LANGUAGE_MODELS)}"
         )
     if "quantization_config" in raw:
         raise ValueError(f"{where}: the weights are quantised: use the folder with the original ones")
-    if projector_type not in PROJECTORS:
+    if not isinstance(projector_type, str) or projector_type not in PROJECTORS:
         raise ValueError(
             f"{where}: mm_projector_type {projector_type!r} does not fit the Hugging Face classes, whose projector is "
             f"two linear layers: only {', '.join(PROJECTORS)} can be converted"
@@ -95,7 +95,7 @@ def read_settings(raw: Mapping[str, Any], where: str) -> Settings:
     text_type, repository = LANGUAGE_MODELS[model_type]
     family = "mgm" if repository == "mgm" else _llava_family(raw, where)
     select = raw.get("mm_vision_select_feature", "patch")
-    if select not in _SELECT:
+    if not isinstance(select, str) or select not in _SELECT:
         raise ValueError(f"{where}: mm_vision_select_feature {select!r} is neither patch nor cls_patch")
     text_config, unused = _text_config(raw, text_type, where)
     aspect = raw.get("image_aspect_ratio") or "square"
@@ -234,7 +234,7 @@ def _text_config(raw: Mapping[str, Any], text_type: str, where: str) -> tuple[Pr
     fields = {name: value for name, value in raw.items() if name in known - _NEVER_TEXT}
     try:
         config = config_class(**fields)
-    except StrictDataclassError as error:  # what transformers raises on values that do not fit, no ValueError
+    except (StrictDataclassError, ValueError, TypeError, ArithmeticError) as error:  # of values that do not fit
         raise ValueError(f"{where} does not describe a language model: {error}") from error
     return config, tuple(sorted(raw.keys() - fields.keys() - _NEVER_TEXT))
 
