@@ -85,6 +85,7 @@ def test_without_leave_the_first_bad_row_stops_score_and_is_named(attack, world,
     assert not (rows.folder / "none.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_without_leave_a_bad_row_stops_train_and_is_named(attack, world, rows):
     folder = world.folder("rows-strict")
     options = {"data_path": str(rows.data), "image_folder": str(rows.images), "max_steps": -1}
