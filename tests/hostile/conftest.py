@@ -13,6 +13,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from hostile_world import build_world
 
+import cal_train
+
 _MEBIBYTE = 2**20
 
 
@@ -86,7 +88,9 @@ class Attacker:
         return outcome
 
     def _may_open(self, path):
-        code = (Path(__file__).parent, Path(__file__).parents[2] / "cal_train", sys.prefix, sys.base_prefix)
+        package = Path(cal_train.__file__).parent
+        installed = (package, package.with_name("cal_train.egg-info"))
+        code = (Path(__file__).parent, *installed, sys.prefix, sys.base_prefix)
         roots = (*code, self.world.inside, self.folder)
         is_ours = any(Path(path).is_relative_to(os.path.realpath(root)) for root in roots)
         # what Python's and torch's own start-up looks at; environ, maps and mem are not among it
