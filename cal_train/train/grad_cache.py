@@ -147,7 +147,7 @@ def surrogate(
     made = [(images[name], leaf) for name, leaf in chunk.images.items() if name in images]
     made += [(texts[name], leaf) for name, leaf in chunk.texts.items()]
     made += [(terms[name].sum, term.sum) for name, term in chunk.terms.items()]
-    pairs = [(value, cached[id(leaf)]) for value, leaf in made if id(leaf) in cached] + own
+    pairs = [*((value, cached[id(leaf)]) for value, leaf in made if id(leaf) in cached), *own]
     return torch.stack([(value * gradient).sum() for value, gradient in pairs]).sum()
 
 
