@@ -145,7 +145,6 @@ class StreamReport:
     bad: DropCount = field(default_factory=DropCount)
     num_cut: int = 0
     num_repeated: int = 0
-    _seen: set[tuple[str, int]] = field(default_factory=set)
 
     def add(self, batch: StreamBatch) -> None:
         """Count a batch."""
@@ -155,15 +154,10 @@ class StreamReport:
         self.add_problems(batch.dropped)
 
     def add_problems(self, problems: Sequence[Problem]) -> None:
-        """Count problems whose row is new, and keep the first hundred."""
+        """Count and name problems whose row is new."""
         for problem in problems:
-            if (problem.file, problem.row) in self._seen:
-                continue
-            self._seen.add((problem.file, problem.row))
-            self.bad.count += 1
-            if len(self.bad.problems) < 100:
-                self.bad.problems.append(problem)
-            logger.warning("left out: %s", problem)
+            if self.bad.add(problem):
+                logger.warning("left out: %s", problem)
 
 
 class StreamLoader:
