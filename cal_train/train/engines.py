@@ -5,12 +5,14 @@ DeepSpeed with a CPU flag becomes DDP, ``--cpu --num_processes 2`` is one proces
 parameters or for eight ranks is then another run. What a launcher asks for is in its environment variables.
 """
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from accelerate.utils import DistributedType
 from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.integrations import deepspeed as deepspeed_settings
 
 STARTS = "start it with `accelerate launch --config_file zero_configs/NAME.yaml -m cal_train ...`"
 
@@ -114,3 +116,20 @@ def keep_layer_names(model: PreTrainedModel) -> None:
     """
     present = {type(module).__name__ for module in model.modules()}
     model._no_split_modules = sorted(present.intersection(model._no_split_modules or ()))
+
+
+@contextlib.contextmanager
+def whole_weights() -> Iterator[None]:
+    """Build models inside ``with`` as if ZeRO-3 were not on, where transformers would split them while they are built.
+
+    For models that are needed for their shapes alone; and for towers, which are small, and are measured and resized
+    before each rank splits its own.
+    """
+    reference = deepspeed_settings._hf_deepspeed_config_weak_ref
+    settings = None if reference is None else reference()
+    deepspeed_settings.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if settings is not None:
+            deepspeed_settings.set_hf_deepspeed_config(settings)

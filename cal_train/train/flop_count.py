@@ -5,18 +5,17 @@ training pass need by the model's shapes, over what the device could do in the t
 pass without the image, and what checkpointing computes again take time and do not count.
 """
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
-from transformers.integrations import deepspeed
 
 from cal_train.conf import VlmTrainingArguments
 from cal_train.models.families import base_model
 from cal_train.models.flops import FlopRates, Work, count_vision_flops, flop_rates, peak_flops
+from cal_train.train.engines import whole_weights
 from cal_train.train.targets import layout_of
 from cal_train.types import IGNORE_INDEX
 
@@ -54,7 +53,7 @@ def flop_count(model: nn.Module, ablation: Literal["remove", "mask"] | None, arg
         args: Device, and its peak where that is given.
     """
     vlm = base_model(model)
-    with _not_split_by_deepspeed():
+    with whole_weights():
         vision = _vision_flops(vlm.config)
     peak = None if args.device_peak_tflops is None else args.device_peak_tflops * 1e12
     if peak is None and args.device.type == "cuda":
@@ -91,14 +90,3 @@ def _vision_flops(config: PreTrainedConfig) -> float:
     if key not in _counted:
         _counted[key] = count_vision_flops(config)
     return _counted[key]
-
-
-@contextlib.contextmanager
-def _not_split_by_deepspeed() -> Iterator[None]:
-    """Let a model be built for its shapes alone: under ZeRO-3, transformers would split it over the ranks."""
-    before = deepspeed._hf_deepspeed_config_weak_ref
-    deepspeed.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        deepspeed._hf_deepspeed_config_weak_ref = before

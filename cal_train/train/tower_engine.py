@@ -16,25 +16,8 @@ from accelerate.utils import DeepSpeedPlugin
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import TrainingArguments
-from transformers.integrations import deepspeed as deepspeed_settings
 
 from cal_train.train.tower_model import TowerModel, objective_of
-
-
-@contextlib.contextmanager
-def whole_weights() -> Iterator[None]:
-    """Build and load towers inside ``with`` as if ZeRO-3 were not on: each rank holds them whole until it splits them.
-
-    transformers would split them while they are built. Towers are small, and are measured and resized before training.
-    """
-    reference = deepspeed_settings._hf_deepspeed_config_weak_ref
-    settings = None if reference is None else reference()
-    deepspeed_settings.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        if settings is not None:
-            deepspeed_settings.set_hf_deepspeed_config(settings)
 
 
 def fill_batch_size(args: TrainingArguments) -> None:

@@ -18,7 +18,7 @@ from cal_train.data.stream_files import source_files
 from cal_train.data.stream_loader import StreamLoader
 from cal_train.data.stream_plan import Share
 from cal_train.objectives.families import build_objective
-from cal_train.train.engines import NOTHING_ASKED, Asked, check_engine, check_ranks
+from cal_train.train.engines import NOTHING_ASKED, Asked, check_engine, check_ranks, whole_weights
 from cal_train.train.resume_check import check_same_run, facts_to_compare
 from cal_train.train.run_folder import (
     checkpoint_to_resume,
@@ -29,7 +29,7 @@ from cal_train.train.run_folder import (
     train_until_stopped,
     write_record,
 )
-from cal_train.train.tower_engine import fill_batch_size, whole_weights
+from cal_train.train.tower_engine import fill_batch_size
 from cal_train.train.tower_groups import part_of
 from cal_train.train.tower_model import TowerModel
 from cal_train.train.tower_parts import Processors, build_towers, image_processor_of, load_tokenizer, objective_options
